@@ -1,0 +1,86 @@
+# Everything a developer or CI runs. Needs GNU make 3.81 or later, a POSIX sh and Python 3.11 or later; nothing else.
+# A line `target: ## text` is what bare `make` lists.
+
+SHELL := /bin/sh
+.DEFAULT_GOAL := help
+BIN := .venv/bin
+export PYTHON
+
+# More arguments for the program: make run ARGS="--log-format json"; make test ARGS="-k relay -x"
+ARGS ?=
+
+setup_dev = python=$$(scripts/find-python) && "$$python" scripts/setup_venv.py dev
+setup_test = python=$$(scripts/find-python) && "$$python" scripts/setup_venv.py test
+
+.PHONY: help
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
+
+.PHONY: run
+run: ## everything on this machine: PostgreSQL, a broker and all roles; Ctrl-C ends it
+	@$(setup_dev)
+	@exec $(BIN)/orderflow dev $(ARGS)
+
+.PHONY: demo
+demo: ## the walk-through: eight parts, each result checked
+	@$(setup_dev)
+	@exec $(BIN)/orderflow demo $(ARGS)
+
+.PHONY: test
+test: ## the whole test suite; ARGS="-k relay -x" for a part
+	@$(setup_test)
+	@exec $(BIN)/python -m pytest $(ARGS)
+
+.PHONY: check
+check: lint ## what CI asks before the tests: lint, types, import directions, known vulnerabilities
+	$(BIN)/python scripts/audit.py --unreachable-is-a-note
+
+.PHONY: lint
+lint: ## ruff, mypy --strict and the architecture test; changes nothing
+	@$(setup_test)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest -q tests/test_architecture.py
+
+.PHONY: fix
+fix: ## let ruff mend what it can, and format
+	@$(setup_test)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+.PHONY: audit
+audit: ## the locked packages against the database of known vulnerabilities (network)
+	@$(setup_test)
+	$(BIN)/python scripts/audit.py $(ARGS)
+
+.PHONY: smoke
+smoke: ## `make run` as a person would: one order until it is PAID, Ctrl-C, nothing left behind
+	@python=$$(scripts/find-python) && "$$python" .ci/smoke.py $(ARGS)
+
+.PHONY: bench
+bench: ## the benchmarks of the README
+	@$(setup_dev)
+	@exec $(BIN)/orderflow bench $(ARGS)
+
+.PHONY: torture
+torture: ## load, a seeded plan of crashes and faults, then the audit; ARGS="--seconds 60 --seed 7"
+	@$(setup_dev)
+	@exec $(BIN)/orderflow torture $(ARGS)
+
+.PHONY: setup
+setup: ## .venv with everything for running, testing and linting; repairs a half-made one
+	@$(setup_test)
+
+.PHONY: lock
+lock: ## write requirements/*.txt from pyproject.toml; ARGS=--upgrade takes the newest versions
+	@python=$$(scripts/find-python) && "$$python" scripts/lock.py $(ARGS)
+
+.PHONY: clean
+clean: ## remove caches and build results; .venv and the data of `make run` stay
+	rm -rf build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -not -path './.venv/*' -prune -exec rm -rf {} +
+
+.PHONY: distclean
+distclean: clean ## clean, and remove .venv and the local data (orders included) too
+	rm -rf .venv .orderflow .kafka

@@ -1,0 +1,169 @@
+"""The composition root: from settings and roles to running services. The only place that sees everything."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
+from contextlib import AsyncExitStack
+from typing import Any
+
+from orderflow import logs, metrics, migrations
+from orderflow.engine import telemetry
+from orderflow.engine.executor import Handler
+from orderflow.engine.janitor import Janitor
+from orderflow.engine.kafka import Kafka
+from orderflow.engine.postgres import Database
+from orderflow.engine.relay import Relay
+from orderflow.engine.retry import RetryPolicy
+from orderflow.engine.worker import Worker
+from orderflow.health import Health
+from orderflow.operations import Operations
+from orderflow.orders.http import Api
+from orderflow.parent import watch_parent
+from orderflow.payments.handlers import ChargeHandler, FailOrder
+from orderflow.payments.simulated import SimulatedGateway
+from orderflow.probes import Probes
+from orderflow.settings import Role, Settings
+from orderflow.supervisor import Service, supervise
+
+# The janitor looks through more rows at once than any statement of the hot path.
+JANITOR_TIMEOUT_SECONDS = 60.0
+# Of the grace period, what is left after the drain for the last commits and for closing connections.
+CLOSING_SECONDS = 2.0
+
+
+def run_main(main: Coroutine[Any, Any, int]) -> int:
+    """Run to the end on uvloop where the platform has it; returns the exit code."""
+    try:
+        import uvloop
+    except ImportError:
+        return asyncio.run(main)
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        return runner.run(main)
+
+
+async def run_roles(settings: Settings, roles: Sequence[Role]) -> int:
+    """Run the roles in this process until it is told to stop; returns the exit code."""
+    if settings.dev_children:
+        watch_parent(settings.grace_seconds)
+    log = logs.install(settings)
+    metrics.install(settings)
+    totals = metrics.Totals()
+    telemetry.subscribe(totals.take)
+    health = Health(roles)
+    try:
+        return await supervise(
+            services(settings, roles, health, totals),
+            grace=settings.grace_seconds,
+            crash_budget=settings.crash_budget,
+            crash_window=settings.crash_window_seconds,
+            on_drain=lambda: setattr(health, "draining", True),
+            child=settings.dev_children,
+        )
+    finally:
+        log.close()
+
+
+def services(settings: Settings, roles: Sequence[Role], health: Health, totals: metrics.Totals) -> list[Service]:
+    """Every service that these roles need in this process."""
+    # Set by the API after its commits, and by the LISTEN connection: one event for the relay, wherever the row came from.
+    woken = asyncio.Event()
+    kafka = kafka_of(settings)
+    chosen: list[Service] = []
+    if "api" in roles:
+        chosen.append(Api(settings, opener(settings, "api"), health, metrics.render, wake=woken.set))
+    elif settings.metrics_port:
+        chosen.append(Operations(settings.http_host, settings.metrics_port, health, metrics.render))
+    if "publisher" in roles:
+        chosen.append(relay_of(settings, kafka, woken, health))
+        chosen.append(Janitor(opener(settings, "janitor", timeout=JANITOR_TIMEOUT_SECONDS), horizon=settings.reconcile_seconds))
+    if "worker" in roles:
+        chosen.append(worker_of(settings, kafka, health))
+        chosen.append(_MetricsLine(settings, totals))
+    chosen.append(Probes(health, settings.kafka_bootstrap_servers, None if "api" in roles else settings.database_url))
+    return chosen
+
+
+def relay_of(settings: Settings, kafka: Kafka, woken: asyncio.Event, health: Health) -> Relay:
+    """The publisher role."""
+    open_database = opener(settings, "publisher")
+    return Relay(
+        open_database, settings.direct_url, kafka, woken,
+        burials={"OrderCreated": FailOrder()}, batch=settings.relay_batch, poll=settings.relay_poll_ms / 1000,
+        heartbeat=settings.wake_heartbeat_seconds, started=lambda: health.started("publisher"),
+    )  # fmt: skip
+
+
+def worker_of(settings: Settings, kafka: Kafka, health: Health) -> Worker:
+    """The worker role, with the simulated gateway. A gateway of your own takes its place here."""
+    open_gateway_database = opener(settings, "gateway")
+
+    async def handlers(database: Database, stack: AsyncExitStack) -> Mapping[str, Handler]:
+        ledger = await open_gateway_database()
+        stack.push_async_callback(ledger.close)
+        gateway = SimulatedGateway(
+            ledger, delay=settings.gateway_delay_ms / 1000, success_rate=settings.gateway_success_rate, seed=settings.gateway_seed
+        )
+        stack.push_async_callback(gateway.close)
+        charge = ChargeHandler(
+            database, gateway, worker_id=settings.worker_id, timeout=settings.gateway_timeout_ms / 1000,
+            batch=settings.batch_size, in_flight=settings.batches_in_flight,
+        )  # fmt: skip
+        stack.push_async_callback(charge.close)
+        return {"OrderCreated": charge}
+
+    policy = RetryPolicy(settings.max_attempts, settings.backoff_base_ms / 1000, settings.backoff_cap_ms / 1000)
+    return Worker(
+        opener(settings, "worker"), kafka, handlers, policy, worker_id=settings.worker_id,
+        max_in_flight=settings.max_in_flight, commit_interval=settings.commit_interval_ms / 1000,
+        drain_timeout=max(0.1, settings.grace_seconds - CLOSING_SECONDS),
+        batch=settings.batch_size, in_flight=settings.batches_in_flight, started=lambda: health.started("worker"),
+    )  # fmt: skip
+
+
+def kafka_of(settings: Settings) -> Kafka:
+    """Where Kafka is, from the settings."""
+    return Kafka(
+        bootstrap=settings.kafka_bootstrap_servers, topic=settings.topic, group=settings.consumer_group,
+        timeout=settings.kafka_timeout_seconds, partitions=settings.topic_partitions, replication=settings.topic_replication,
+        embedded=settings.kafka_embedded, security_protocol=settings.kafka_security_protocol,
+        sasl_mechanism=settings.kafka_sasl_mechanism, username=settings.kafka_username, password=settings.kafka_password,
+        ca_file=settings.kafka_ca_file,
+    )  # fmt: skip
+
+
+def opener(settings: Settings, role: str, *, timeout: float | None = None) -> Callable[[], Awaitable[Database]]:
+    """Opens a role's own pool, and refuses a schema that this program was not written for."""
+
+    async def open_database() -> Database:
+        database = await Database.open(
+            settings.database_url, size=settings.database_pool_size, timeout=timeout or settings.database_timeout_seconds,
+            application=f"orderflow {role}", statement_cache=settings.database_statement_cache,
+        )  # fmt: skip
+        try:
+            async with database.acquire() as connection:
+                await migrations.check(connection)
+        except BaseException:
+            await database.close()
+            raise
+        return database
+
+    return open_database
+
+
+class _MetricsLine:
+    """The METRICS line of this process's worker."""
+
+    name = "metrics"
+
+    def __init__(self, settings: Settings, totals: metrics.Totals) -> None:
+        self._settings = settings
+        self._totals = totals
+
+    async def run(self, stopping: asyncio.Event) -> None:
+        await metrics.metrics_line(self._settings, self._totals, stopping)
+
+
+if sys.platform == "win32":  # pragma: no cover
+    raise SystemExit("orderflow runs on Linux and macOS: signals, SO_REUSEPORT and process groups are missing here")

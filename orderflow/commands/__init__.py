@@ -1,0 +1,1 @@
+"""The commands, one module each; `orderflow.cli` imports each only when it runs."""

@@ -1,0 +1,47 @@
+"""Where settings come from: what stands in the environment and in `.env`, and what there is nobody's setting.
+
+Values are read by `orderflow.settings` alone; here it is the names that matter.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+from dotenv import dotenv_values
+
+from orderflow.settings import Settings, environment_name
+
+PREFIX = "ORDERFLOW_"
+DOTENV = Path(".env")
+
+
+def names() -> dict[str, str]:
+    """Every setting's environment name, by the setting's own name."""
+    return {field: environment_name(field) for field in Settings.model_fields}
+
+
+def given() -> dict[str, str]:
+    """Where each environment name that is set stands: `environment` or `.env`, by the name in capitals."""
+    found = {name.upper(): ".env" for name in (dotenv_values(DOTENV) if DOTENV.is_file() else {})}
+    return found | {name.upper(): "environment" for name in os.environ}
+
+
+def unknown(where: Mapping[str, str]) -> dict[str, str]:
+    """Names that look like ours and are no setting, each with the name that was probably meant, or an empty text."""
+    known = sorted(set(names().values()))
+    ours = sorted(name for name in where if name.startswith(PREFIX) and name not in known)
+    return {name: next(iter(difflib.get_close_matches(name, known, 1, 0.6)), "") for name in ours}
+
+
+def child_environment(changes: Mapping[str, str]) -> dict[str, str]:
+    """The environment for a process of ours that is started with settings of its own: none of this one's reach it."""
+    ours = set(names().values())
+    kept = {
+        name: value
+        for name, value in os.environ.items()
+        if name.upper() not in ours and not name.upper().startswith(PREFIX)
+    }
+    return kept | dict(changes)

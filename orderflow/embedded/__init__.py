@@ -1,0 +1,1 @@
+"""Real servers on one machine without Docker: PostgreSQL and a broker, for `dev`, tests and benchmarks."""

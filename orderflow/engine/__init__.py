@@ -1,0 +1,1 @@
+"""The engine: outbox, relay, consumer and settlement. It knows messages, never orders."""

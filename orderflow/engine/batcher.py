@@ -1,0 +1,125 @@
+"""Group commit: many awaiting callers, one statement.
+
+Alone, a caller waits for nobody: its item is flushed at once. While flushes run, what arrives queues up and goes together
+in the next. The idea is PostgreSQL's own group commit (`commit_delay`), one layer up, where it saves statements as well.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Awaitable, Callable, Sequence
+from functools import partial
+from typing import Generic, TypeVar
+
+from orderflow.engine.patience import Patience, is_transient
+
+T = TypeVar("T")
+R = TypeVar("R")
+Flush = Callable[[Sequence[T]], Awaitable[Sequence[R]]]
+
+
+class Overloaded(Exception):
+    """The queue is full; the item was not accepted and nothing was written."""
+
+
+class WrongCount(RuntimeError):
+    """`flush` returned fewer or more results than it was given items: no result can be told from another."""
+
+
+class Batcher(Generic[T, R]):
+    """Collects items and flushes them in groups of at most `size`, at most `in_flight` groups at a time.
+
+    `flush` takes the items and returns one result for each, in order. It has to be safe to repeat: after a lost connection,
+    whose commit may or may not have happened, the same items are flushed again until `patience` ends.
+    If a group fails for another reason it is halved until the one item that fails is alone: only its caller sees the error.
+    """
+
+    def __init__(
+        self, flush: Flush[T, R], *, size: int = 500, in_flight: int = 4, queue: int = 100_000,
+        patience: Patience | None = None,
+    ) -> None:  # fmt: skip
+        self._flush = flush
+        self._size = size
+        self._in_flight = in_flight
+        self._limit = queue
+        self._patience = patience or Patience()
+        self._queue: deque[tuple[T, asyncio.Future[R]]] = deque()
+        self._running: set[asyncio.Task[None]] = set()
+        self._scheduled = False
+
+    def __len__(self) -> int:
+        return len(self._queue)
+
+    @property
+    def idle(self) -> bool:
+        """True when nothing is queued and nothing is being flushed."""
+        return not self._queue and not self._running
+
+    async def submit(self, item: T) -> R:
+        """Hand in one item and wait until its group is settled.
+
+        Raises Overloaded when the queue is full, and whatever `flush` raises for this item.
+        """
+        if len(self._queue) >= self._limit:
+            raise Overloaded(f"{self._limit} items are waiting already")
+        loop = asyncio.get_running_loop()
+        future: asyncio.Future[R] = loop.create_future()
+        self._queue.append((item, future))
+        if not self._scheduled and len(self._running) < self._in_flight:
+            # One turn of the loop later: requests that were read in the same turn share the first statement.
+            self._scheduled = True
+            loop.call_soon(self._start)
+        return await future
+
+    def _start(self) -> None:
+        self._scheduled = False
+        while self._queue and len(self._running) < self._in_flight:
+            group: list[tuple[T, asyncio.Future[R]]] = []
+            while self._queue and len(group) < self._size:
+                item, future = self._queue.popleft()
+                # A caller that gave up while it queued has written nothing, and its item never will be.
+                if not future.done():
+                    group.append((item, future))
+            if group:
+                task = asyncio.create_task(self._settle(group))
+                self._running.add(task)
+                task.add_done_callback(partial(self._finished, group))
+
+    def _finished(self, group: list[tuple[T, asyncio.Future[R]]], task: asyncio.Task[None]) -> None:
+        self._running.discard(task)
+        # A flush that was cancelled, perhaps before its first step or between two halves, has left callers waiting.
+        for _, future in group:
+            future.cancel()
+        if self._queue:
+            self._start()
+
+    async def _settle(self, group: list[tuple[T, asyncio.Future[R]]]) -> None:
+        try:
+            results = await self._patience.run(lambda: self._flush([item for item, _ in group]))
+            if len(results) != len(group):
+                raise WrongCount(f"{len(group)} items were flushed, and {len(results)} results came back")
+        except Exception as error:
+            # Halving on a wrong count would flush again what was written, and find nothing wrong with it.
+            if len(group) == 1 or is_transient(error) or isinstance(error, WrongCount):
+                for _, future in group:
+                    if not future.done():
+                        future.set_exception(error)
+                return
+            middle = len(group) // 2
+            await self._settle(group[:middle])
+            await self._settle(group[middle:])
+            return
+        for (_, future), result in zip(group, results, strict=True):
+            if not future.done():
+                future.set_result(result)
+
+    async def close(self) -> None:
+        """End the flushes under way; their callers and those that queue are cancelled."""
+        # The queue first: each flush that ends would start the next one from it.
+        while self._queue:
+            self._queue.popleft()[1].cancel()
+        running = tuple(self._running)
+        for task in running:
+            task.cancel()
+        await asyncio.gather(*running, return_exceptions=True)

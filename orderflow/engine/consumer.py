@@ -1,0 +1,175 @@
+"""The consumer: fetch -> run by key -> commit the contiguous watermark; backpressure and rebalances.
+
+Nothing is committed but what is settled. A partition that is taken away is drained for a moment; what does not end in time is
+delivered again to its next owner, and processed_events decides between the two.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Iterable
+
+from aiokafka import AIOKafkaConsumer, ConsumerRebalanceListener, TopicPartition
+from aiokafka.errors import CommitFailedError, IllegalStateError, KafkaError
+from aiokafka.structs import ConsumerRecord
+
+from orderflow.engine.executor import Record
+from orderflow.engine.dead_letters import Place
+from orderflow.engine.kafka import Kafka, bounded
+from orderflow.engine.scheduler import KeyScheduler
+from orderflow.engine.telemetry import WORKER, emit
+from orderflow.engine.watermark import Watermark
+
+Item = tuple[TopicPartition, Watermark, ConsumerRecord]
+
+
+class Consumer(ConsumerRebalanceListener):  # type: ignore[misc]
+    """Feeds records of the topic to `execute`, in order within a key and concurrently across keys.
+
+    At most `max_in_flight` deliveries are held, shared out among the partitions, so that a slow key fills its own
+    partition's share and no other's. Times in seconds.
+    """
+
+    def __init__(
+        self, kafka: Kafka, execute: Callable[[Record], Awaitable[None]], *, client_id: str, max_in_flight: int = 5000,
+        commit_interval: float = 0.5, drain_timeout: float = 8.0, rebalance_timeout: float = 3.0,
+        started: Callable[[], None] = lambda: None,
+    ) -> None:  # fmt: skip
+        self._kafka = kafka
+        self._execute = execute
+        self._client_id = client_id
+        self._max_in_flight = max_in_flight
+        self._commit_interval = commit_interval
+        self._drain_timeout = drain_timeout
+        self._rebalance_timeout = rebalance_timeout
+        self._started = started
+        self._scheduler: KeyScheduler[Item] = KeyScheduler(self._run_item, self._fail)
+        self._watermarks: dict[TopicPartition, Watermark] = {}
+        self._committed: dict[TopicPartition, int] = {}
+        self._paused: set[TopicPartition] = set()
+        self._consumer: AIOKafkaConsumer | None = None
+        self._failure: BaseException | None = None
+        self._failed = asyncio.Event()
+
+    async def run(self, stopping: asyncio.Event) -> None:
+        """Consume until `stopping` is set, then drain.
+
+        Raises DependencyUnavailable when Kafka is lost, and whatever `execute` raises.
+        """
+        await self._kafka.ensure_topic()
+        consumer = self._consumer = await self._kafka.consumer(self, client_id=self._client_id)
+        self._started()
+        committer = asyncio.create_task(self._commit_now_and_then(consumer))
+        interrupt = asyncio.create_task(_first(stopping, self._failed))
+        try:
+            while not stopping.is_set() and self._failure is None:
+                fetch = asyncio.create_task(consumer.getmany(timeout_ms=500, max_records=1000))
+                await asyncio.wait((fetch, interrupt), return_when=asyncio.FIRST_COMPLETED)
+                if not fetch.done():
+                    fetch.cancel()
+                    break
+                for partition, records in fetch.result().items():
+                    self._take(partition, records)
+                self._apply_backpressure(consumer)
+                if committer.done():
+                    committer.result()
+            if self._failure is not None:
+                raise self._failure
+            await self._scheduler.drain(self._drain_timeout)
+        except KafkaError as error:
+            raise self._kafka.unavailable(error) from error
+        finally:
+            for task in (interrupt, committer):
+                task.cancel()
+            await asyncio.gather(interrupt, committer, return_exceptions=True)
+            await self._scheduler.cancel()
+            await bounded(self._commit(consumer), 2.0)
+            await bounded(consumer.stop(), 3.0)
+
+    def _take(self, partition: TopicPartition, records: Iterable[ConsumerRecord]) -> None:
+        watermark = self._watermarks.setdefault(partition, Watermark())
+        for record in records:
+            if watermark.take(record.offset):
+                # No key: order within the partition is all there is to keep.
+                self._scheduler.submit(record.key or partition, (partition, watermark, record))
+
+    async def _run_item(self, item: Item) -> None:
+        partition, watermark, record = item
+        place = Place(record.topic, record.partition, record.offset)
+        await self._execute(Record(place, record.key, record.value, record.headers))
+        watermark.finish(record.offset)
+        if partition in self._paused and self._consumer is not None:
+            self._apply_backpressure(self._consumer)
+
+    def _fail(self, error: BaseException) -> None:
+        self._failure = self._failure or error
+        self._failed.set()
+
+    def _apply_backpressure(self, consumer: AIOKafkaConsumer) -> None:
+        assigned = consumer.assignment()
+        limit = max(100, self._max_in_flight // max(1, len(assigned)))
+        for partition in assigned:
+            watermark = self._watermarks.get(partition)
+            # Held, not in flight: offsets finished behind a slow head are kept in memory, and must be bounded as well.
+            held = watermark.held if watermark else 0
+            if held >= limit and partition not in self._paused:
+                consumer.pause(partition)
+                self._paused.add(partition)
+            elif held <= limit * 3 // 4 and partition in self._paused:
+                consumer.resume(partition)
+                self._paused.discard(partition)
+
+    async def _commit_now_and_then(self, consumer: AIOKafkaConsumer) -> None:
+        while True:
+            await asyncio.sleep(self._commit_interval)
+            await self._commit(consumer)
+
+    async def _commit(self, consumer: AIOKafkaConsumer) -> None:
+        offsets = {
+            partition: watermark.position
+            for partition, watermark in self._watermarks.items()
+            if watermark.position is not None and self._committed.get(partition) != watermark.position
+        }
+        if not offsets:
+            return
+        try:
+            await asyncio.wait_for(consumer.commit(offsets), self._kafka.timeout)
+            self._committed.update(offsets)
+        except (CommitFailedError, IllegalStateError):
+            # Routine in a rebalance: the partition has another owner, to whom the records are delivered again.
+            emit(WORKER, "COMMIT_REFUSED", partitions=len(offsets))
+
+    async def on_partitions_revoked(self, revoked: Iterable[TopicPartition]) -> None:
+        """Let what runs end, for a bounded time; commit; forget the rest, which the next owner gets again."""
+        gone = set(revoked)
+        if not gone:
+            return
+        self._scheduler.forget_waiting(lambda item: item[0] in gone)
+        await self._scheduler.drain(self._rebalance_timeout)
+        if self._consumer is not None:
+            try:
+                await self._commit(self._consumer)
+            except (KafkaError, TimeoutError):
+                emit(WORKER, "COMMIT_REFUSED", partitions=len(gone))
+        for partition in gone:
+            self._watermarks.pop(partition, None)
+            self._committed.pop(partition, None)
+            self._paused.discard(partition)
+
+    async def on_partitions_assigned(self, assigned: Iterable[TopicPartition]) -> None:
+        """Begin each partition with a fresh watermark."""
+        partitions = sorted(p.partition for p in assigned)
+        for partition in assigned:
+            self._watermarks[partition] = Watermark()
+        emit(WORKER, "ASSIGNED", partitions=partitions)
+
+
+async def _first(*events: asyncio.Event) -> None:
+    waits = [asyncio.create_task(event.wait()) for event in events]
+    try:
+        await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        for wait in waits:
+            wait.cancel()
+
+

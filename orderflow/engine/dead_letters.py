@@ -1,0 +1,180 @@
+"""Dead letters: bury, list, redrive, discard.
+
+A buried event's outbox row is put out of every relay's reach (`available_at = 'infinity'`); a redrive brings it back with
+fresh attempts and deletes the dead letter; a discard keeps the dead letter, with the reason, for good.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
+from uuid import UUID
+
+import orjson
+
+from orderflow.engine.message import Message
+from orderflow.engine.outbox import CHANNEL, Failure
+from orderflow.engine.postgres import Connection
+
+# The guards: never bury what has been processed, nor what another delivery has already moved to a later attempt.
+_BURY_ROW_IF_ATTEMPT = """
+UPDATE outbox o
+SET available_at = 'infinity', published_at = coalesce(published_at, CASE WHEN $4 THEN now() END),
+    failures = CASE WHEN $3::jsonb IS NULL THEN failures ELSE coalesce(failures, '[]') || $3::jsonb END
+WHERE event_id = $1 AND attempt = $2 AND available_at IS DISTINCT FROM 'infinity'
+  AND NOT EXISTS (SELECT FROM processed_events p WHERE p.event_id = $1)
+RETURNING failures
+"""
+
+_INSERT = """
+INSERT INTO dead_letter_events (event_id, event_type, aggregate_id, payload, reason, error_class, error_message, attempts,
+                                headers, topic, partition, "offset", raw, worker_id)
+VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14)
+ON CONFLICT (event_id) DO NOTHING
+RETURNING event_id
+"""
+
+_UNBURY = """
+UPDATE outbox SET published_at = NULL, available_at = NULL, attempt = attempt + 1, first_attempt = attempt + 1
+WHERE event_id = $1
+RETURNING event_type, aggregate_id
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where in Kafka a delivery stands."""
+
+    topic: str
+    partition: int
+    offset: int
+
+
+@dataclass(frozen=True, slots=True)
+class DeadLetter:
+    """A row of dead_letter_events, as people see it."""
+
+    event_id: UUID
+    event_type: str | None
+    aggregate_id: UUID | None
+    payload: Any
+    reason: str
+    failed_at: datetime
+    error_class: str | None
+    error_message: str | None
+    attempts: list[dict[str, Any]]
+    headers: dict[str, str]
+    topic: str | None
+    partition: int | None
+    offset: int | None
+    raw: bytes | None
+    worker_id: str | None
+    discarded_at: datetime | None
+    discard_reason: str | None
+
+
+class NotRedrivable(Exception):
+    """This dead letter cannot be redriven; the text says why, and what can be done."""
+
+
+def error_name(error: BaseException | None) -> str | None:
+    """The class of an error as it is kept in a dead letter."""
+    return None if error is None else type(error).__name__
+
+
+async def bury_if_attempt(
+    connection: Connection, message: Message, *, reason: str, failure: Failure | None, error: BaseException | None,
+    place: Place | None, worker_id: str | None, published: bool = True,
+) -> bool:  # fmt: skip
+    """Bury an event of ours, in the caller's transaction; False where it was settled meanwhile, and nothing changed."""
+    row = await connection.fetchrow(
+        _BURY_ROW_IF_ATTEMPT, message.id, message.attempt, failure.as_json() if failure else None, published
+    )
+    if row is None:
+        return False
+    payload = message.payload if isinstance(message.payload, str) else orjson.dumps(message.payload).decode()
+    return await _insert(
+        connection, message.id, message.type, message.aggregate_id, payload, reason, error,
+        row["failures"] or "[]", dict(message.headers), place, None, worker_id,
+    )  # fmt: skip
+
+
+async def bury_foreign(
+    connection: Connection, event_id: UUID, *, reason: str, error: BaseException | None, place: Place,
+    raw: bytes | None, headers: dict[str, str], worker_id: str, message: Message | None = None,
+) -> bool:  # fmt: skip
+    """Bury a record that has no outbox row here, with its raw bytes; False where it lies buried already."""
+    return await _insert(
+        connection, event_id, message.type if message else None, message.aggregate_id if message else None,
+        orjson.dumps(message.payload).decode() if message else None, reason, error, "[]", headers, place, raw, worker_id,
+    )  # fmt: skip
+
+
+async def _insert(
+    connection: Connection, event_id: UUID, event_type: str | None, aggregate_id: UUID | None, payload: str | None,
+    reason: str, error: BaseException | None, attempts: str, headers: dict[str, str], place: Place | None,
+    raw: bytes | None, worker_id: str | None,
+) -> bool:  # fmt: skip
+    inserted = await connection.fetchval(
+        _INSERT, event_id, event_type, aggregate_id, payload, reason, error_name(error),
+        str(error).replace("\0", "\ufffd") if error else None, attempts, orjson.dumps(headers).decode().replace("\\u0000", "\ufffd"),
+        place.topic if place else None, place.partition if place else None, place.offset if place else None, raw, worker_id,
+    )  # fmt: skip
+    return inserted is not None
+
+
+async def redrive(connection: Connection, event_id: UUID) -> tuple[str, UUID]:
+    """Give a dead letter fresh attempts, in the caller's transaction. Returns its event type and aggregate id.
+
+    Raises NotRedrivable when there is no such dead letter, it was discarded, or it has no outbox row to publish again.
+    """
+    row = await connection.fetchrow("SELECT discarded_at FROM dead_letter_events WHERE event_id = $1 FOR UPDATE", event_id)
+    if row is None:
+        raise NotRedrivable(f"{event_id}: no such dead letter")
+    if row["discarded_at"] is not None:
+        raise NotRedrivable(f"{event_id}: was discarded")
+    moved = await connection.fetchrow(_UNBURY, event_id)
+    if moved is None:
+        raise NotRedrivable(f"{event_id}: has no outbox row, so nothing can be published again; discard it")
+    await connection.execute("DELETE FROM dead_letter_events WHERE event_id = $1", event_id)
+    await connection.execute("SELECT pg_notify($1, '')", CHANNEL)
+    return moved["event_type"], moved["aggregate_id"]
+
+
+async def discard_if_open(connection: Connection, event_id: UUID, reason: str) -> bool:
+    """Close a dead letter for good; False when there is none, or it is closed already."""
+    return (
+        await connection.fetchval(
+            "UPDATE dead_letter_events SET discarded_at = now(), discard_reason = $2 "
+            "WHERE event_id = $1 AND discarded_at IS NULL RETURNING event_id",
+            event_id, reason,
+        )
+        is not None
+    )  # fmt: skip
+
+
+async def fetch(
+    connection: Connection, *, event_ids: Sequence[UUID] | None = None, discarded: bool = False, limit: int = 1000
+) -> list[DeadLetter]:
+    """Dead letters, newest first: those named, or all open ones (`discarded`: the closed ones as well)."""
+    rows = await connection.fetch(
+        """
+        SELECT event_id, event_type, aggregate_id, payload, reason, failed_at, error_class, error_message, attempts, headers,
+               topic, partition, "offset", raw, worker_id, discarded_at, discard_reason
+        FROM dead_letter_events
+        WHERE ($1::uuid[] IS NULL OR event_id = ANY($1)) AND ($2 OR discarded_at IS NULL)
+        ORDER BY failed_at DESC, event_id LIMIT $3
+        """,
+        event_ids, discarded, limit,
+    )  # fmt: skip
+    return [
+        DeadLetter(**{
+            **dict(row),
+            "payload": orjson.loads(row["payload"]) if row["payload"] else None,
+            "attempts": orjson.loads(row["attempts"]),
+            "headers": orjson.loads(row["headers"]) if row["headers"] else {},
+        })
+        for row in rows
+    ]  # fmt: skip

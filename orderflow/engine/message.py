@@ -1,0 +1,135 @@
+"""One event on its way, and its one encoding: the Kafka record of the contract."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+from typing import Any
+from uuid import UUID
+
+import orjson
+
+Headers = Sequence[tuple[str, bytes]]
+MAX_ATTEMPT = 2**31 - 1
+
+
+class Undecodable(ValueError):
+    """The record is not an event; the text says what is wrong with it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """An event. `payload` is JSON: text as it stands in the outbox on the way out, parsed on the way in."""
+
+    id: UUID
+    type: str
+    aggregate_type: str
+    aggregate_id: UUID
+    payload: str | dict[str, Any]
+    created_at: datetime
+    attempt: int = 1
+    headers: Mapping[str, str] = field(default_factory=dict)
+
+    def encode(self) -> tuple[bytes, bytes, list[tuple[str, bytes]]]:
+        """Key, value and headers of the Kafka record."""
+        # A payload that comes from PostgreSQL is valid JSON already: it is copied, never parsed.
+        payload = orjson.Fragment(self.payload) if isinstance(self.payload, str) else self.payload
+        event_id = str(self.id)
+        aggregate_id = str(self.aggregate_id)
+        value = orjson.dumps(
+            {
+                "eventId": event_id,
+                "eventType": self.type,
+                "aggregateId": aggregate_id,
+                "aggregateType": self.aggregate_type,
+                "payload": payload,
+                "createdAt": self.created_at,
+            }
+        )
+        headers = [
+            ("event-id", event_id.encode()),
+            ("event-type", self.type.encode()),
+            ("attempt", str(self.attempt).encode()),
+        ]
+        headers.extend((name, text.encode()) for name, text in self.headers.items())
+        return aggregate_id.encode(), value, headers
+
+    def trace(self) -> dict[str, str]:
+        """The headers that an event caused by this one carries on."""
+        return {name: text for name, text in self.headers.items() if name in ("traceparent", "tracestate")}
+
+    @classmethod
+    def decode(cls, value: bytes | None, headers: Headers) -> Message:
+        """The event in a Kafka record.
+
+        Raises Undecodable, whose text names the field that is wrong.
+        """
+        if value is None:
+            raise Undecodable("the record has no value (a tombstone)")
+        try:
+            document = orjson.loads(value)
+        except orjson.JSONDecodeError as error:
+            raise Undecodable(f"the value is not JSON: {error}") from None
+        if not isinstance(document, dict):
+            raise Undecodable(f"the value is a JSON {type(document).__name__}, not an object")
+        carried = _carried(headers)
+        payload = document.get("payload")
+        if not isinstance(payload, dict):
+            raise Undecodable("payload: missing or not an object")
+        return cls(
+            id=_uuid(document, "eventId"),
+            type=_text(document, "eventType"),
+            aggregate_type=_text(document, "aggregateType"),
+            aggregate_id=_uuid(document, "aggregateId"),
+            payload=payload,
+            created_at=_time(document, "createdAt"),
+            attempt=_attempt(carried.pop("attempt", "1")),
+            headers=carried,
+        )
+
+
+_OURS = frozenset(("event-id", "event-type"))
+
+
+def _carried(headers: Headers) -> dict[str, str]:
+    return {name: text.decode("utf-8", "replace") for name, text in headers if name not in _OURS and text is not None}
+
+
+def _text(document: dict[str, Any], name: str) -> str:
+    value = document.get(name)
+    if not isinstance(value, str) or not value or "\0" in value:
+        raise Undecodable(f"{name}: missing or not a text")
+    return value
+
+
+def _uuid(document: dict[str, Any], name: str) -> UUID:
+    value = document.get(name)
+    try:
+        if isinstance(value, str) and len(value) == 36:
+            found = UUID(value)
+            # UUID() also takes braces, underscores and other scripts' digits, and would make another id of them.
+            if str(found) == value.lower():
+                return found
+    except ValueError:
+        raise Undecodable(f"{name}: not a UUID") from None
+    raise Undecodable(f"{name}: missing or not a UUID")
+
+
+def _time(document: dict[str, Any], name: str) -> datetime:
+    value = document.get(name)
+    try:
+        if isinstance(value, str):
+            time = datetime.fromisoformat(value)
+            # Without a zone it can be neither compared with ours nor stored as a moment.
+            if time.tzinfo is not None:
+                return time
+    except (ValueError, OverflowError):
+        raise Undecodable(f"{name}: not an ISO 8601 time") from None
+    raise Undecodable(f"{name}: missing, or not a time with its zone")
+
+
+def _attempt(text: str) -> int:
+    if not text.isascii() or not text.isdigit() or len(text) > 10 or not 1 <= int(text) <= MAX_ATTEMPT:
+        raise Undecodable("header attempt: not a number from 1")
+    return int(text)

@@ -1,0 +1,198 @@
+"""The outbox table: append, fetch what is due, mark what Kafka acknowledged, make a row due again.
+
+Publishing, retrying, redriving, reconciling and replaying are all the same act on the row; each function here is one of them,
+and the guard of each stands in its name and in its WHERE.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from typing import Any
+from uuid import UUID
+
+import orjson
+
+from orderflow.engine.message import Message
+from orderflow.engine.postgres import Connection, Database
+
+SHARDS = 32
+CHANNEL = "orderflow_outbox"
+
+# LATERAL with a limit a shard: an index probe for each, whose cost does not depend on what other relays' shards hold,
+# and a shard with a million rows does not keep the others waiting.
+_FETCH_DUE = """
+SELECT r.event_id, r.event_type, r.aggregate_type, r.aggregate_id, r.payload, r.created_at, r.attempt, r.headers, r.seq
+FROM unnest($1::smallint[]) AS s(shard) CROSS JOIN LATERAL (
+    SELECT o.* FROM outbox o
+    WHERE o.shard = s.shard AND o.published_at IS NULL AND o.available_at IS NULL
+    ORDER BY o.seq LIMIT $2) AS r
+UNION ALL
+(SELECT event_id, event_type, aggregate_type, aggregate_id, payload, created_at, attempt, headers, seq
+ FROM outbox
+ WHERE published_at IS NULL AND available_at <= now() AND shard = ANY($1)
+ ORDER BY available_at LIMIT $3)
+ORDER BY seq
+"""
+
+# The attempt guard: a consumer that was faster than this statement may have failed the event and made it due again, as the
+# next attempt; marking that one published would lose the retry.
+_APPEND = """
+INSERT INTO outbox (event_id, event_type, aggregate_type, aggregate_id, payload, headers) VALUES ($1, $2, $3, $4, $5, $6)
+"""
+
+_MARK_PUBLISHED = """
+UPDATE outbox o SET published_at = now(), available_at = NULL
+FROM unnest($1::uuid[], $2::integer[]) AS m(event_id, attempt)
+WHERE o.event_id = m.event_id AND o.attempt = m.attempt AND o.published_at IS NULL
+"""
+
+# A relay that sleeps learns from the notification that there is something to wake up for earlier than its next poll.
+_REPUBLISH_IF_ATTEMPT = """
+WITH moved AS (
+    UPDATE outbox o
+    SET published_at = NULL, available_at = now() + r.delay, attempt = o.attempt + 1,
+        failures = coalesce(o.failures, '[]') || r.failure
+    FROM unnest($1::uuid[], $2::integer[], $3::interval[], $4::jsonb[]) AS r(event_id, attempt, delay, failure)
+    WHERE o.event_id = r.event_id AND o.attempt = r.attempt
+    RETURNING o.event_id)
+SELECT event_id, pg_notify('orderflow_outbox', '') FROM moved
+"""
+
+_NEXT_DUE = """
+SELECT extract(epoch FROM min(available_at) - now())::float8 FROM outbox
+WHERE published_at IS NULL AND available_at < 'infinity' AND shard = ANY($1)
+"""
+
+_REPLAY = """
+UPDATE outbox SET published_at = NULL, available_at = NULL
+WHERE event_id = ANY($1::uuid[]) AND available_at IS DISTINCT FROM 'infinity'
+RETURNING event_id
+"""
+
+# Published, and yet neither processed nor buried: Kafka or a worker has lost it.
+_REPUBLISH_UNSETTLED = """
+UPDATE outbox SET published_at = NULL, available_at = NULL
+WHERE event_id IN (
+    SELECT o.event_id FROM outbox o
+    WHERE o.created_at >= $1 AND o.published_at < now() - $2::interval
+      AND NOT EXISTS (SELECT FROM processed_events p WHERE p.event_id = o.event_id)
+      AND NOT EXISTS (SELECT FROM dead_letter_events d WHERE d.event_id = o.event_id)
+    ORDER BY o.created_at LIMIT $3)
+  AND published_at < now() - $2::interval
+RETURNING event_id
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """One failed attempt, as it is kept on the row and in the dead letter."""
+
+    attempt: int
+    at: datetime
+    error: str
+    message: str
+
+    def as_json(self) -> str:
+        """The JSON object that stands in `outbox.failures`."""
+        return orjson.dumps(
+            {"attempt": self.attempt, "at": self.at, "error": self.error, "message": self.message}
+        ).decode()
+
+
+@dataclass(frozen=True, slots=True)
+class Republish:
+    """A retry: this row, which failed as `failure.attempt`, is due again after `delay`."""
+
+    event_id: UUID
+    delay: timedelta
+    failure: Failure
+
+
+async def append(connection: Connection, messages: Iterable[Message]) -> None:
+    """Write events in the caller's transaction, along with the change they tell of."""
+    rows = [
+        (m.id, m.type, m.aggregate_type, m.aggregate_id, _json(m.payload), _json(dict(m.headers)) if m.headers else None)
+        for m in messages
+    ]
+    await connection.executemany(_APPEND, rows)
+
+
+def _json(value: str | dict[str, Any]) -> str:
+    return value if isinstance(value, str) else orjson.dumps(value).decode()
+
+
+async def fetch_due(connection: Connection, shards: Sequence[int], limit: int) -> list[Message]:
+    """At most about `limit` events of these shards that are due, in the order of their aggregates' transitions."""
+    a_shard = max(32, limit // max(1, len(shards)))
+    rows = await connection.fetch(_FETCH_DUE, shards, a_shard, limit)
+    return [
+        Message(
+            id=row["event_id"],
+            type=row["event_type"],
+            aggregate_type=row["aggregate_type"],
+            aggregate_id=row["aggregate_id"],
+            payload=row["payload"],
+            created_at=row["created_at"],
+            attempt=row["attempt"],
+            headers=orjson.loads(row["headers"]) if row["headers"] else {},
+        )
+        for row in rows
+    ]
+
+
+async def next_due(connection: Connection, shards: Sequence[int]) -> float | None:
+    """Seconds until the earliest scheduled event of these shards is due; None when nothing is scheduled."""
+    seconds: float | None = await connection.fetchval(_NEXT_DUE, shards)
+    return seconds
+
+
+async def mark_published_if_attempt(connection: Connection, messages: Sequence[Message]) -> None:
+    """Note Kafka's acknowledgement of these events, each only while it is still at the attempt that was sent."""
+    await connection.execute(_MARK_PUBLISHED, [m.id for m in messages], [m.attempt for m in messages])
+
+
+async def republish_if_attempt(database: Database, retries: Sequence[Republish]) -> list[bool]:
+    """Schedule retries in one statement; False where another delivery of the same attempt was first."""
+    rows = await database.fetch(
+        _REPUBLISH_IF_ATTEMPT,
+        [r.event_id for r in retries],
+        [r.failure.attempt for r in retries],
+        [r.delay for r in retries],
+        [r.failure.as_json() for r in retries],
+    )
+    moved = {row["event_id"] for row in rows}
+    return [r.event_id in moved for r in retries]
+
+
+async def replay(connection: Connection, event_ids: Sequence[UUID]) -> int:
+    """Publish these rows again, as the attempt they are at; buried rows stay buried. Returns how many."""
+    return len(await connection.fetch(_REPLAY, event_ids))
+
+
+async def republish_unsettled(connection: Connection, *, since: datetime, published_before: timedelta, limit: int) -> list[UUID]:
+    """Publish again what was published longer than `published_before` ago and has been neither processed nor buried."""
+    return [row["event_id"] for row in await connection.fetch(_REPUBLISH_UNSETTLED, since, published_before, limit)]
+
+
+async def select_for_replay(
+    connection: Connection,
+    *,
+    aggregate_id: UUID | None = None,
+    since: datetime | None = None,
+    until: datetime | None = None,
+    event_type: str | None = None,
+) -> list[UUID]:
+    """The events that match every filter given, oldest first; buried ones are not among them."""
+    rows = await connection.fetch(
+        """
+        SELECT event_id FROM outbox
+        WHERE ($1::uuid IS NULL OR aggregate_id = $1) AND ($2::timestamptz IS NULL OR created_at >= $2)
+          AND ($3::timestamptz IS NULL OR created_at < $3) AND ($4::text IS NULL OR event_type = $4)
+          AND available_at IS DISTINCT FROM 'infinity'
+        ORDER BY seq
+        """,
+        aggregate_id, since, until, event_type,
+    )  # fmt: skip
+    return [row["event_id"] for row in rows]

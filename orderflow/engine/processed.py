@@ -1,0 +1,56 @@
+"""processed_events: what was consumed. The consumer decides once, and this row is the decision."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from uuid import UUID
+
+from orderflow.engine.postgres import Database
+
+_LOOK_UP = """
+SELECT o.event_id, o.attempt, o.first_attempt,
+       EXISTS (SELECT FROM processed_events p WHERE p.event_id = o.event_id) AS processed,
+       EXISTS (SELECT FROM dead_letter_events d WHERE d.event_id = o.event_id) AS buried
+FROM outbox o WHERE o.event_id = ANY($1::uuid[])
+"""
+
+# In the order of the key, so that two workers that record overlapping groups cannot wait for each other in a circle. Never for
+# a buried event: an event is processed or dead-lettered, not both.
+_RECORD = """
+INSERT INTO processed_events (event_id, worker_id)
+SELECT event_id, $2 FROM unnest($1::uuid[]) AS t(event_id)
+WHERE NOT EXISTS (SELECT FROM dead_letter_events d WHERE d.event_id = t.event_id)
+ORDER BY event_id
+ON CONFLICT (event_id) DO NOTHING
+RETURNING event_id
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Known:
+    """What the database says of an event that is delivered."""
+
+    attempt: int
+    first_attempt: int
+    processed: bool
+    buried: bool
+
+    def is_fresh(self, attempt: int) -> bool:
+        """Whether a delivery of that attempt still has something to decide."""
+        return not self.processed and not self.buried and attempt >= self.attempt
+
+
+async def look_up(database: Database, event_ids: Sequence[UUID]) -> list[Known | None]:
+    """What is known of each event; None for one without an outbox row here."""
+    rows = await database.fetch(_LOOK_UP, event_ids)
+    known = {
+        row["event_id"]: Known(row["attempt"], row["first_attempt"], row["processed"], row["buried"]) for row in rows
+    }
+    return [known.get(event_id) for event_id in event_ids]
+
+
+async def record(database: Database, event_ids: Sequence[UUID], worker_id: str) -> list[bool]:
+    """Note events as processed; False for each that was decided before."""
+    recorded = {row["event_id"] for row in await database.fetch(_RECORD, event_ids, worker_id)}
+    return [event_id in recorded for event_id in event_ids]

@@ -1,0 +1,200 @@
+"""The relay: wake or poll -> fetch what is due -> produce -> mark what Kafka acknowledged.
+
+Delivery is at least once: a crash between the acknowledgement and the mark publishes the row again, and the consumer decides.
+Within an aggregate, order holds: one owner a shard, one round at a time, and nothing of an aggregate is marked after its first
+event that failed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from datetime import UTC, datetime
+
+from aiokafka import AIOKafkaProducer
+from aiokafka.errors import KafkaError, MessageSizeTooLargeError
+
+from orderflow.engine import dead_letters, outbox
+from orderflow.engine.executor import Burial
+from orderflow.engine.kafka import Kafka, bounded
+from orderflow.engine.message import Message
+from orderflow.engine.patience import DependencyUnavailable
+from orderflow.engine.postgres import Database
+from orderflow.engine.shards import Shards
+from orderflow.engine.telemetry import PUBLISHER, emit, observe
+from orderflow.engine.wake import Wake
+
+# Errors of one record, whatever else the cluster can do: sending it again cannot help.
+UNPUBLISHABLE = (MessageSizeTooLargeError, UnicodeEncodeError)
+
+
+class Relay:
+    """The publisher role. `poll` is the seconds after which a lost wake-up is noticed."""
+
+    name = "publisher"
+
+    def __init__(
+        self, open_database: Callable[[], Awaitable[Database]], direct_url: str, kafka: Kafka, woken: asyncio.Event,
+        *, burials: Mapping[str, Burial] | None = None, batch: int = 1000, poll: float = 1.0, heartbeat: float = 2.0, started: Callable[[], None] = lambda: None,
+    ) -> None:  # fmt: skip
+        self._open_database = open_database
+        self._direct_url = direct_url
+        self._kafka = kafka
+        self._woken = woken
+        self._burials = burials or {}
+        self._batch = batch
+        self._poll = poll
+        self._heartbeat = heartbeat
+        self._started = started
+
+    async def run(self, stopping: asyncio.Event) -> None:
+        """Publish until `stopping` is set; the round under way is finished and marked before the shards are given back."""
+        database = await self._open_database()
+        shards = Shards(self._direct_url)
+        wake = asyncio.create_task(Wake(self._direct_url, self._woken, heartbeat=self._heartbeat).run())
+        stop = asyncio.create_task(self._wake_on(stopping))
+        producer: AIOKafkaProducer | None = None
+        try:
+            await self._kafka.ensure_topic()
+            producer = await self._kafka.producer()
+            emit(PUBLISHER, "STARTUP", message=f"publishing to {self._kafka.topic} at {self._kafka.bootstrap}")
+            self._started()
+            await self._rounds(database, shards, producer, stopping)
+        finally:
+            for task in (wake, stop):
+                task.cancel()
+            await asyncio.gather(wake, stop, return_exceptions=True)
+            await shards.close()
+            if producer is not None:
+                await bounded(producer.stop(), 2.0)
+            await database.close()
+
+    async def _wake_on(self, stopping: asyncio.Event) -> None:
+        await stopping.wait()
+        self._woken.set()
+
+    async def _rounds(
+        self, database: Database, shards: Shards, producer: AIOKafkaProducer, stopping: asyncio.Event
+    ) -> None:
+        balanced_at = float("-inf")
+        while not stopping.is_set():
+            if time.monotonic() - balanced_at >= 1.0:
+                await shards.balance()
+                balanced_at = time.monotonic()
+            # Cleared before the look: what is committed during it sets the event again, and is not slept over.
+            self._woken.clear()
+            published = await self.run_once(database, shards.owned, producer)
+            if published == 0 and not stopping.is_set():
+                await self._sleep(database, shards.owned)
+
+    async def _sleep(self, database: Database, shards: Sequence[int]) -> None:
+        """Until woken, or the next poll, or the first retry that is due before it."""
+        async with database.acquire() as connection:
+            due_in = await outbox.next_due(connection, shards)
+        seconds = self._poll if due_in is None else min(self._poll, max(0.001, due_in))
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._woken.wait(), seconds)
+
+    async def run_once(self, database: Database, shards: Sequence[int], producer: AIOKafkaProducer) -> int:
+        """One round: fetch, produce, mark. Returns how many rows were due.
+
+        Raises DependencyUnavailable when Kafka did not acknowledge in time; what it did acknowledge is marked before.
+        """
+        if not shards:
+            return 0
+        async with database.acquire() as connection:
+            due = await outbox.fetch_due(connection, shards, self._batch)
+        if not due:
+            return 0
+        results = await self._produce(producer, due)
+        acknowledged, refused, lost = _sort(due, results)
+        if acknowledged:
+            _tell(acknowledged)
+            async with database.acquire() as connection:
+                await outbox.mark_published_if_attempt(connection, acknowledged)
+        for message, error in refused:
+            await self._bury(database, message, error)
+        if lost is not None:
+            # The outcome of a send that timed out is unknown, and its producer may be stuck for good (aiokafka #1017):
+            # the role starts again with a fresh one, and publishes the unmarked rows again.
+            raise DependencyUnavailable(f"Kafka at {self._kafka.bootstrap} did not acknowledge: {str(lost) or type(lost).__name__}")
+        return len(due)
+
+    async def _produce(self, producer: AIOKafkaProducer, due: Sequence[Message]) -> list[BaseException | None]:
+        """Send in order; for each event None when Kafka acknowledged it, else the error."""
+        results: list[BaseException | None] = [TimeoutError("no acknowledgement in time")] * len(due)
+        sent: dict[int, asyncio.Future[object]] = {}
+        try:
+            async with asyncio.timeout(self._kafka.timeout):
+                for place, message in enumerate(due):
+                    try:
+                        key, value, headers = message.encode()
+                        sent[place] = await producer.send(self._kafka.topic, value, key, headers=headers)
+                    except UNPUBLISHABLE as error:
+                        results[place] = error
+                if sent:
+                    await asyncio.wait(sent.values())
+                for place, future in sent.items():
+                    results[place] = future.exception()
+                    if isinstance(results[place], MessageSizeTooLargeError):
+                        # The broker refuses a whole batch for one record: alone, only the guilty one is refused.
+                        results[place] = await self._send_alone(producer, due[place])
+        except (KafkaError, TimeoutError):
+            # Bounded: what was acknowledged before the limit counts, the rest keeps its error.
+            for place, future in sent.items():
+                if future.done() and not future.cancelled():
+                    results[place] = future.exception()
+        return results
+
+    async def _send_alone(self, producer: AIOKafkaProducer, message: Message) -> BaseException | None:
+        key, value, headers = message.encode()
+        try:
+            await producer.send_and_wait(self._kafka.topic, value, key, headers=headers)
+        except MessageSizeTooLargeError as error:
+            refused: BaseException = error
+            return refused
+        return None
+
+    async def _bury(self, database: Database, message: Message, error: BaseException) -> None:
+        failure = outbox.Failure(message.attempt, datetime.now(UTC), type(error).__name__, str(error))
+        reason = f"Cannot be published: {error}"
+        burial = self._burials.get(message.type)
+        async with database.transaction() as connection:
+            buried = await dead_letters.bury_if_attempt(
+                connection, message, reason=reason, failure=failure, error=error, place=None, worker_id=None, published=False
+            )
+            tell = await burial.on_buried(connection, message, reason) if buried and burial else None
+        if buried:
+            emit(PUBLISHER, "DLQ_EVENT", eventId=message.id, reason=reason)
+        if tell is not None:
+            tell()
+
+
+def _sort(
+    due: Sequence[Message], results: Sequence[BaseException | None]
+) -> tuple[list[Message], list[tuple[Message, BaseException]], BaseException | None]:
+    """Split a round into acknowledged, refused for good, and the first error that may pass."""
+    acknowledged: list[Message] = []
+    refused: list[tuple[Message, BaseException]] = []
+    lost: BaseException | None = None
+    held: set[object] = set()
+    for message, error in zip(due, results, strict=True):
+        if isinstance(error, UNPUBLISHABLE):
+            refused.append((message, error))
+        elif error is not None:
+            lost = lost or error
+            held.add(message.aggregate_id)
+        elif message.aggregate_id not in held:
+            # An event behind one that was lost stays unmarked: both are published again, in order.
+            acknowledged.append(message)
+    return acknowledged, refused, lost
+
+
+def _tell(messages: Sequence[Message]) -> None:
+    now = datetime.now(UTC)
+    for message in messages:
+        emit(PUBLISHER, "EVENT_PUBLISHED", eventId=message.id, eventType=message.type, aggregateId=message.aggregate_id)
+        if message.attempt == 1:
+            observe("published", (now - message.created_at).total_seconds())

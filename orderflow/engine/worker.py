@@ -1,0 +1,61 @@
+"""The worker role: one consumer and one executor, made afresh for each run of the role."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Mapping
+from contextlib import AsyncExitStack
+
+from orderflow.engine.consumer import Consumer
+from orderflow.engine.executor import Executor, Handler
+from orderflow.engine.kafka import Kafka
+from orderflow.engine.postgres import Database
+from orderflow.engine.retry import RetryPolicy
+from orderflow.engine.telemetry import WORKER, emit
+
+# Builds the handlers by event type on the worker's database; what they hold is closed with the stack.
+HandlerFactory = Callable[[Database, AsyncExitStack], Awaitable[Mapping[str, Handler]]]
+
+
+class Worker:
+    """Consumes events and handles them until told to stop; times in seconds."""
+
+    name = "worker"
+
+    def __init__(
+        self, open_database: Callable[[], Awaitable[Database]], kafka: Kafka, handlers: HandlerFactory, policy: RetryPolicy, *,
+        worker_id: str, max_in_flight: int = 5000, commit_interval: float = 0.5, drain_timeout: float = 8.0,
+        batch: int = 500, in_flight: int = 4, started: Callable[[], None] = lambda: None,
+    ) -> None:  # fmt: skip
+        self._open_database = open_database
+        self._kafka = kafka
+        self._handlers = handlers
+        self._policy = policy
+        self._worker_id = worker_id
+        self._max_in_flight = max_in_flight
+        self._commit_interval = commit_interval
+        self._drain_timeout = drain_timeout
+        self._batch = batch
+        self._in_flight = in_flight
+        self._started = started
+
+    async def run(self, stopping: asyncio.Event) -> None:
+        """Consume until `stopping` is set, then finish what is in flight within the drain time-out."""
+        async with AsyncExitStack() as stack:
+            database = await self._open_database()
+            stack.push_async_callback(database.close)
+            handlers = await self._handlers(database, stack)
+            executor = Executor(
+                database, handlers, self._policy, worker_id=self._worker_id, batch=self._batch, in_flight=self._in_flight
+            )
+            stack.push_async_callback(executor.close)
+            consumer = Consumer(
+                self._kafka, executor.execute, client_id=self._worker_id, max_in_flight=self._max_in_flight,
+                commit_interval=self._commit_interval, drain_timeout=self._drain_timeout, started=self._tell_started,
+            )  # fmt: skip
+            await consumer.run(stopping)
+
+    def _tell_started(self) -> None:
+        message = f"consuming {self._kafka.topic} as {self._kafka.group}"
+        emit(WORKER, "STARTUP", workerId=self._worker_id, message=message)
+        self._started()

@@ -1,0 +1,1 @@
+"""Orders: their states, their table, and the HTTP API that takes them."""

@@ -1,0 +1,177 @@
+"""OrderCreated -> charge: begin, charge, settle. The way of an order from CREATED to its end."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from datetime import UTC, datetime
+from uuid import UUID
+
+import orjson
+
+from orderflow.engine import outbox
+from orderflow.engine.batcher import Batcher
+from orderflow.engine.executor import Delivery, SettledMeanwhile
+from orderflow.engine.ids import new_id
+from orderflow.engine.message import Message
+from orderflow.engine.outcome import Done, Duplicate, Outcome
+from orderflow.engine.patience import ENDLESS, is_transient
+from orderflow.engine.postgres import Connection, Database
+from orderflow.engine.retry import OutcomeUnknown, Permanent
+from orderflow.engine.telemetry import WORKER, emit, observe
+from orderflow.orders import store as orders
+from orderflow.orders.model import Failure, State
+from orderflow.payments import store
+from orderflow.payments.gateway import (
+    Charge,
+    ChargeFailed,
+    ChargeRequest,
+    ChargeUnknown,
+    Declined,
+    Gateway,
+    idempotency_key,
+)
+from orderflow.payments.store import Begun, Settlement
+
+
+class FailOrder:
+    """What the burial of an OrderCreated means: the order becomes FAILED, and OrderFailed tells of it."""
+
+    async def on_buried(self, connection: Connection, message: Message, reason: str) -> Callable[[], None]:
+        """See Burial."""
+        order_id = message.aggregate_id
+        version = await store.fail_if_not_terminal(connection, order_id)
+        if version is None:
+            if await connection.fetchval("SELECT EXISTS (SELECT FROM orders WHERE id = $1)", order_id):
+                raise SettledMeanwhile
+            return lambda: None
+        payload = {"orderId": str(order_id), "reason": reason, "failure": Failure.ERROR}
+        failed = Message(
+            new_id(), "OrderFailed", "order", order_id, orjson.dumps(payload).decode(), datetime.now(UTC), headers=message.trace()
+        )
+        await outbox.append(connection, [failed])
+        old = State.CREATED if version == 2 else State.PAYMENT_PENDING
+
+        def tell() -> None:
+            emit(WORKER, "PAYMENT_GIVEN_UP", orderId=order_id)
+            _tell_change(order_id, old, State.FAILED)
+
+        return tell
+
+
+class ChargeHandler(FailOrder):
+    """Handles OrderCreated. `timeout`: seconds that one call of the gateway may take."""
+
+    def __init__(
+        self, database: Database, gateway: Gateway, *, worker_id: str, timeout: float = 5.0, batch: int = 500, in_flight: int = 4
+    ) -> None:
+        self._database = database
+        self._gateway = gateway
+        self._timeout = timeout
+        self._worker_id = worker_id
+        self._begins: Batcher[UUID, Begun | None] = Batcher(
+            lambda ids: store.begin_if_created(database, ids), size=batch, in_flight=in_flight, patience=ENDLESS
+        )
+        self._settlements: Batcher[Settlement, bool] = Batcher(
+            lambda group: store.settle_if_pending(database, group, worker_id), size=batch, in_flight=in_flight, patience=ENDLESS
+        )
+
+    async def handle(self, delivery: Delivery) -> Outcome:
+        """Bring the order to its end. Raises Permanent, OutcomeUnknown, or the gateway's error."""
+        order = await self._begins.submit(delivery.message.aggregate_id)
+        if order is None:
+            raise Permanent("Unknown order: not in this database")
+        if order.moved:
+            _tell_change(order.order_id, State.CREATED, State.PAYMENT_PENDING)
+        elif order.state is not State.PAYMENT_PENDING:
+            return Done()
+        try:
+            charge = await self._charge(order)
+        except Declined:
+            return await self._settle(delivery, order, None)
+        return await self._settle(delivery, order, charge)
+
+    async def _charge(self, order: Begun) -> Charge:
+        # Begun before, by a delivery that died or failed: its charge may exist, so the gateway is asked first.
+        if not order.moved and (found := await self._find(order.order_id)):
+            return found
+        begun = time.monotonic()
+        request = ChargeRequest(order.order_id, idempotency_key(order.order_id), order.amount)
+        try:
+            async with asyncio.timeout(self._timeout):
+                return await self._gateway.charge(request)
+        except (TimeoutError, ChargeUnknown) as error:
+            if found := await self._find(order.order_id):
+                return found
+            raise ChargeFailed(str(error) or f"Payment gateway timeout: no answer within {self._timeout:g} s") from error
+        finally:
+            observe("charged", time.monotonic() - begun)
+
+    async def _find(self, reference: UUID) -> Charge | None:
+        try:
+            async with asyncio.timeout(self._timeout):
+                return await self._gateway.find(reference)
+        except Exception as error:
+            if isinstance(error, ChargeUnknown) or is_transient(error):
+                raise OutcomeUnknown(f"Payment outcome unknown: the gateway cannot be asked ({str(error) or type(error).__name__})") from error
+            raise
+
+    async def _settle(self, delivery: Delivery, order: Begun, charge: Charge | None) -> Outcome:
+        settlement = _settlement(delivery.message, order, charge)
+        settled = await self._settlements.submit(settlement)
+        if not settled and charge is not None:
+            settled = await ENDLESS.run(lambda: self._settle_late(settlement))
+        if not settled:
+            return Duplicate()
+        emit(WORKER, "PAYMENT_RESULT", orderId=order.order_id, status="SUCCESS" if charge else "DECLINED")
+        _tell_change(order.order_id, State.PAYMENT_PENDING, settlement.state)
+        observe("settled", (datetime.now(UTC) - delivery.message.created_at.astimezone(UTC)).total_seconds())
+        return Done(recorded=True)
+
+    async def _settle_late(self, settlement: Settlement) -> bool:
+        """Given up by another delivery while this charge was under way: money was taken, so the order must not stay FAILED."""
+        async with self._database.transaction() as connection:
+            version = await orders.reopen_if_failed_technically(connection, settlement.order_id)
+            if version is None:
+                return False
+            await store.unbury_for_late_charge(connection, settlement.event_id)
+            late = replace(settlement, version=version)
+            return (await store.settle_if_pending(connection, [late], self._worker_id))[0]
+
+    async def before_giving_up(self, delivery: Delivery) -> Outcome | None:
+        """A charge that exists settles the order, however many attempts have failed."""
+        order = await self._begins.submit(delivery.message.aggregate_id)
+        if order is None or order.state is not State.PAYMENT_PENDING:
+            return None
+        found = await self._find(order.order_id)
+        return await self._settle(delivery, order, found) if found else None
+
+    async def close(self) -> None:
+        """End the statements under way."""
+        await self._begins.close()
+        await self._settlements.close()
+
+
+def _settlement(message: Message, order: Begun, charge: Charge | None) -> Settlement:
+    payload: dict[str, str] = {
+        "orderId": str(order.order_id),
+        "userId": str(order.user_id),
+        "amount": str(order.amount),
+    }
+    if charge is not None:
+        state, failure, event_type = State.PAID, None, "OrderPaid"
+        payload["chargeId"] = str(charge.id)
+    else:
+        state, failure, event_type = State.FAILED, Failure.DECLINED.value, "OrderFailed"
+        payload |= {"reason": "Payment declined", "failure": failure}
+    trace = message.trace()
+    return Settlement(
+        message.id, order.order_id, order.version, state, failure, event_type, orjson.dumps(payload).decode(),
+        orjson.dumps(trace).decode() if trace else None,
+    )  # fmt: skip
+
+
+def _tell_change(order_id: UUID, old: State, new: State) -> None:
+    emit(WORKER, "STATE_CHANGE", orderId=order_id, oldState=old.value, newState=new.value)

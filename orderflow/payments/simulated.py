@@ -1,0 +1,142 @@
+"""The simulated gateway: its own durable ledger, idempotency keys, and failures that can be switched on at run time.
+
+Its tables stand in the same PostgreSQL for convenience only; it uses connections and transactions of its own, as a gateway on
+the other side of the world would.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from enum import StrEnum
+from hashlib import blake2b
+from uuid import UUID
+
+from orderflow.engine.batcher import Batcher
+from orderflow.engine.ids import new_id
+from orderflow.engine.postgres import Database
+from orderflow.payments.gateway import Charge, ChargeFailed, ChargeRequest, ChargeUnknown, Declined
+
+# The ledger is asked and written in one statement for many charges, as any service of that size would do.
+_LOOK_UP = """
+SELECT t.key, (SELECT mode FROM gateway_control) AS mode, c.id, c.status, c.created_at
+FROM unnest($1::text[]) AS t(key) LEFT JOIN gateway_charges c ON c.idempotency_key = t.key
+"""
+
+_WRITE = """
+WITH input AS (
+    SELECT * FROM unnest($1::uuid[], $2::text[], $3::uuid[], $4::numeric[], $5::text[]) AS t(id, key, reference, amount, status)),
+written AS (
+    INSERT INTO gateway_charges (id, idempotency_key, reference, amount, status)
+    SELECT * FROM input ORDER BY key ON CONFLICT (idempotency_key) DO NOTHING
+    RETURNING idempotency_key, id, status, created_at)
+SELECT i.key, coalesce(w.id, c.id) AS id, coalesce(w.status, c.status) AS status, coalesce(w.created_at, c.created_at) AS created_at
+FROM input i LEFT JOIN written w ON w.idempotency_key = i.key LEFT JOIN gateway_charges c ON c.idempotency_key = i.key
+"""
+
+_FIND = """
+SELECT t.reference, c.id, c.amount, c.created_at
+FROM unnest($1::uuid[]) AS t(reference)
+LEFT JOIN gateway_charges c ON c.reference = t.reference AND c.status = 'settled'
+"""
+
+
+class Mode(StrEnum):
+    """What the simulated gateway does with a new charge."""
+
+    RANDOM = "random"
+    SUCCEED = "succeed"
+    DECLINE = "decline"
+    # No charge is made, and the gateway says so.
+    ERROR = "error"
+    # The charge is made, and the answer is lost.
+    TIMEOUT = "timeout"
+    # No charge is made, and no answer ever comes.
+    HANG = "hang"
+
+
+@dataclass(frozen=True, slots=True)
+class _Entry:
+    mode: Mode
+    id: UUID | None
+    status: str | None
+    created_at: datetime | None
+
+
+class SimulatedGateway:
+    """A `Gateway` that takes `delay` seconds and succeeds for a share `success_rate` of orders, the same ones for the same seed."""
+
+    def __init__(self, database: Database, *, delay: float = 0.5, success_rate: float = 0.7, seed: int = 1) -> None:
+        self._database = database
+        self._delay = delay
+        self._success_rate = success_rate
+        self._seed = str(seed).encode()
+        self._lookups: Batcher[str, _Entry] = Batcher(self._look_up)
+        self._writes: Batcher[tuple[ChargeRequest, str], _Entry] = Batcher(self._write)
+        self._finds: Batcher[UUID, Charge | None] = Batcher(self._find)
+
+    def would_succeed(self, reference: UUID) -> bool:
+        """The outcome in mode random: a pure function of seed and order, so that a retry gets the same answer."""
+        digest = blake2b(reference.bytes, digest_size=8, key=self._seed).digest()
+        return int.from_bytes(digest, "big") / 2**64 < self._success_rate
+
+    async def charge(self, request: ChargeRequest) -> Charge:
+        """See Gateway.charge."""
+        entry = await self._lookups.submit(request.idempotency_key)
+        if entry.id is not None:
+            return self._answer(request, entry)
+        if entry.mode is Mode.HANG:
+            await asyncio.get_running_loop().create_future()
+        if self._delay > 0:
+            await asyncio.sleep(self._delay)
+        if entry.mode is Mode.ERROR:
+            raise ChargeFailed("Payment gateway error: Insufficient funds")
+        if entry.mode in (Mode.RANDOM, Mode.TIMEOUT):
+            succeeds = self.would_succeed(request.reference)
+        else:
+            succeeds = entry.mode is Mode.SUCCEED
+        written = await self._writes.submit((request, "settled" if succeeds else "declined"))
+        if entry.mode is Mode.TIMEOUT:
+            raise ChargeUnknown("Payment gateway timeout: the answer was lost")
+        return self._answer(request, written)
+
+    async def find(self, reference: UUID) -> Charge | None:
+        """See Gateway.find."""
+        return await self._finds.submit(reference)
+
+    def _answer(self, request: ChargeRequest, entry: _Entry) -> Charge:
+        if entry.status != "settled" or entry.id is None or entry.created_at is None:
+            raise Declined("Payment declined")
+        return Charge(entry.id, request.reference, request.amount, entry.created_at)
+
+    async def _look_up(self, keys: Sequence[str]) -> list[_Entry]:
+        rows = await self._database.fetch(_LOOK_UP, keys)
+        entries = {r["key"]: _Entry(Mode(r["mode"] or Mode.RANDOM), r["id"], r["status"], r["created_at"]) for r in rows}
+        return [entries[key] for key in keys]
+
+    async def _write(self, charges: Sequence[tuple[ChargeRequest, str]]) -> list[_Entry]:
+        rows = await self._database.fetch(
+            _WRITE,
+            [new_id() for _ in charges],
+            [request.idempotency_key for request, _ in charges],
+            [request.reference for request, _ in charges],
+            [request.amount for request, _ in charges],
+            [status for _, status in charges],
+        )
+        entries = {r["key"]: _Entry(Mode.RANDOM, r["id"], r["status"], r["created_at"]) for r in rows}
+        if any(entry.id is None for entry in entries.values()):
+            # Lost the race for a key to a charge that this statement's snapshot does not show yet: it does now.
+            return await self._look_up([request.idempotency_key for request, _ in charges])
+        return [entries[request.idempotency_key] for request, _ in charges]
+
+    async def _find(self, references: Sequence[UUID]) -> list[Charge | None]:
+        rows = await self._database.fetch(_FIND, references)
+        found = {r["reference"]: Charge(r["id"], r["reference"], r["amount"], r["created_at"]) for r in rows if r["id"]}
+        return [found.get(reference) for reference in references]
+
+    async def close(self) -> None:
+        """End the statements under way."""
+        for batcher in (self._lookups, self._writes, self._finds):
+            await batcher.close()
