@@ -76,6 +76,11 @@ setup: ## .venv with everything for running, testing and linting; repairs a half
 lock: ## write requirements/*.txt from pyproject.toml; ARGS=--upgrade takes the newest versions
 	@python=$$(scripts/find-python) && "$$python" scripts/lock.py $(ARGS)
 
+.PHONY: kafka
+kafka: ## a real Apache Kafka in the foreground (Java 17, and Maven once); ARGS="--port 9092"
+	@$(setup_dev)
+	@exec $(BIN)/python -m orderflow.embedded.kafka $(ARGS)
+
 .PHONY: clean
 clean: ## remove caches and build results; .venv and the data of `make run` stay
 	rm -rf build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache

@@ -58,6 +58,10 @@ EXAMPLES = (
 )
 
 
+class ClosedOutput(Exception):
+    """Nobody reads our stdout any more; not an OSError, which click would end with an exit code of its own."""
+
+
 class Program(click.Group):
     """Lazy commands, a help page in sections, and the one place where errors become lines and exit codes."""
 
@@ -94,6 +98,15 @@ class Program(click.Group):
         with formatter.section("Examples"):
             formatter.write_dl(EXAMPLES, col_max=50)
 
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run the command. Raises ClosedOutput where stdout was closed, as `| head` does."""
+        try:
+            result = super().invoke(ctx)
+            sys.stdout.flush()
+        except BrokenPipeError:
+            raise ClosedOutput from None
+        return result
+
     def main(
         self,
         args: Sequence[str] | None = None,
@@ -121,9 +134,8 @@ class Program(click.Group):
                 windows_expand_args=windows_expand_args,
                 **extra,
             )
-            sys.stdout.flush()
         except Exception as error:
-            if debug and not isinstance(error, BrokenPipeError):
+            if debug and not isinstance(error, ClosedOutput):
                 traceback.print_exc()
             code, line = explained(error)
             if line:
@@ -143,7 +155,7 @@ def explained(error: Exception) -> tuple[int, str]:
 
     An error that nobody foresaw is named with its type and the way to see its traceback.
     """
-    if isinstance(error, BrokenPipeError):
+    if isinstance(error, ClosedOutput):
         # The interpreter flushes stdout once more on its way out; that must not fail a second time.
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return BROKEN_PIPE, ""
@@ -178,6 +190,7 @@ def _one_line(text: str) -> str:
 
 
 @click.group(
+    "orderflow",
     cls=Program,
     epilog="Settings come from flags, then the environment, then .env; `orderflow settings` lists them.",
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},

@@ -11,7 +11,7 @@ from pathlib import Path
 import asyncpg
 
 from orderflow.engine.patience import Misconfigured
-from orderflow.engine.postgres import close_connection, connect
+from orderflow.engine.postgres import Connection, close_connection, connect
 
 VERSION = 1
 MIGRATE_LOCK = 0x6F72_6465_7266_6C77
@@ -38,7 +38,7 @@ def upgrade_steps(directory: Path | None = None) -> dict[int, str]:
     return {int(file.stem): file.read_text("utf-8") for file in sorted(where.glob("[0-9]*.sql"))}
 
 
-async def current_version(connection: asyncpg.Connection) -> int:
+async def current_version(connection: Connection) -> int:
     """The schema's version, 0 for a database without one."""
     if await connection.fetchval("SELECT to_regclass('schema_version')") is None:
         return 0
@@ -92,7 +92,7 @@ def refuse_newer(found: int, expected: int = VERSION) -> None:
         )
 
 
-async def check(connection: asyncpg.Connection) -> None:
+async def check(connection: Connection) -> None:
     """Raise Misconfigured unless the schema is the one this program was written for."""
     found = await current_version(connection)
     refuse_newer(found)

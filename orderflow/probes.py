@@ -50,6 +50,6 @@ async def _reach(host: str, port: int) -> str | None:
     try:
         _, writer = await asyncio.wait_for(asyncio.open_connection(host, port), TIMEOUT_SECONDS)
     except (OSError, TimeoutError) as error:
-        return f"{host}:{port}: {error or 'no answer'}"
+        return f"{host}:{port}: {str(error) or 'no answer'}"
     writer.close()
     return None

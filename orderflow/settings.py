@@ -85,7 +85,7 @@ class Settings(BaseSettings):
     worker_id: str = Field("payment-worker-1", min_length=1, description="name of this worker in processed_events and in the log")
     max_in_flight: Positive = Field(5000, description="deliveries a worker holds at the same time before it pauses partitions")
     commit_interval_ms: Annotated[int, Field(ge=10)] = Field(500, description="how often finished offsets are committed")
-    max_attempts: Literal[3] = Field(3, description="failed attempts after which an event is dead-lettered (fixed by the contract)")
+    max_attempts: Positive = Field(3, description="failed attempts after which an event is dead-lettered")
     backoff_base_ms: Milliseconds = Field(200, description="upper limit of the first retry's delay; doubles with each attempt, full jitter")
     backoff_cap_ms: Milliseconds = Field(30_000, description="upper limit of any retry's delay")
     reconcile_seconds: Seconds = Field(60.0, description="an event published this long ago and neither processed nor buried is published again")

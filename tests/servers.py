@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import os
 import shutil
-import sys
 import tempfile
 import uuid
 from collections.abc import AsyncIterator, Iterator
@@ -25,6 +24,7 @@ from orderflow.embedded.binaries import PostgresBinaries, system_binaries, wheel
 from orderflow.embedded.broker import EmbeddedBroker
 from orderflow.embedded.errors import EmbeddedError
 from orderflow.embedded.kafka import VERSION, ApacheKafka, available, install
+from orderflow.embedded.lock import alive
 from orderflow.embedded.postgres import EmbeddedPostgres
 
 TEMPLATE = "orderflow_template"
@@ -106,21 +106,7 @@ def fetch_kafka() -> None:
 
 def is_gone(pid: int) -> bool:
     """Whether that process has ended; one that nobody has reaped yet has."""
-    try:
-        os.kill(pid, 0)
-        return Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()[0] == b"Z"
-    except (ProcessLookupError, FileNotFoundError):
-        return sys.platform == "linux" or not _signalable(pid)
-    except PermissionError:
-        return False
-
-
-def _signalable(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    return True
+    return not alive(pid)
 
 
 @contextmanager

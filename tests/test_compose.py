@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -58,13 +57,6 @@ def test_the_schema_check_finds_a_mistake(tmp_path: Path) -> None:
     wrong.write_text(yaml.safe_dump({"services": {"app": {"image": "a:1", "porst": ["80:80"]}}}), encoding="utf-8")
     command = (sys.executable, "-m", "check_jsonschema", "--builtin-schema", "vendor.compose-spec", str(wrong))
     assert subprocess.run(command, capture_output=True, timeout=60, check=False).returncode == 1
-
-
-@pytest.mark.skipif(shutil.which("docker-compose") is None, reason="the Compose program is not installed")
-def test_compose_itself_reads_it() -> None:
-    command = ("docker-compose", "--file", str(COMPOSE_FILE), "--profile", "split", "config", "--quiet")
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
-    assert result.returncode == 0, result.stderr
 
 
 @pytest.mark.parametrize("name", SERVICES)

@@ -15,6 +15,8 @@ from dotenv import dotenv_values
 from orderflow.settings import Settings, environment_name
 
 PREFIX = "ORDERFLOW_"
+# Read by the tests, not by the program.
+TESTS = "ORDERFLOW_TEST_"
 DOTENV = Path(".env")
 
 
@@ -31,9 +33,15 @@ def given() -> dict[str, str]:
 
 def unknown(where: Mapping[str, str]) -> dict[str, str]:
     """Names that look like ours and are no setting, each with the name that was probably meant, or an empty text."""
-    known = sorted(set(names().values()))
-    ours = sorted(name for name in where if name.startswith(PREFIX) and name not in known)
-    return {name: next(iter(difflib.get_close_matches(name, known, 1, 0.6)), "") for name in ours}
+    # Compared without the prefix: it is a large part of a short name, and would make everything look alike.
+    known = {name.removeprefix(PREFIX): name for name in names().values()}
+    ours = sorted(
+        name
+        for name in where
+        if name.startswith(PREFIX) and not name.startswith(TESTS) and name not in known.values()
+    )
+    near = {name: difflib.get_close_matches(name.removeprefix(PREFIX), list(known), 1, 0.7) for name in ours}
+    return {name: known[found[0]] if found else "" for name, found in near.items()}
 
 
 def child_environment(changes: Mapping[str, str]) -> dict[str, str]:

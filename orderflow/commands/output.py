@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 from typing import Any
+from uuid import UUID
 
 import click
 
@@ -77,7 +78,8 @@ def camel(name: str) -> str:
 
 def _plain(value: object) -> object:
     match value:
-        case Decimal():
+        # UUID too: asyncpg's are of a class of their own, which orjson does not know.
+        case Decimal() | UUID():
             return str(value)
         case timedelta():
             return value.total_seconds()

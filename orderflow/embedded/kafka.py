@@ -85,9 +85,7 @@ class ApacheKafka(EmbeddedServer):
         try:
             self.data_dir.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise EmbeddedError(
-                f"{self.data_dir} cannot be created: {error.strerror}: choose another directory"
-            ) from None
+            raise EmbeddedError(f"{self.data_dir} cannot be created: {error.strerror}: choose another directory") from None
         async with await InstanceLock.acquire(self.data_dir) as lock:
             await asyncio.to_thread(self._format, installed)
             self._child = await self._start_on_free_ports(installed, lock)
@@ -125,9 +123,7 @@ class ApacheKafka(EmbeddedServer):
             return child
         raise EmbeddedError(f"no free port was found for Apache Kafka in {PORT_ATTEMPTS} attempts")
 
-    async def _spawn(
-        self, installed: KafkaInstall, lock: InstanceLock, client: int, controller: int
-    ) -> GuardedChild:
+    async def _spawn(self, installed: KafkaInstall, lock: InstanceLock, client: int, controller: int) -> GuardedChild:
         here, quorum = f"PLAINTEXT://{ports.HOST}:{client}", f"{ports.HOST}:{controller}"
         properties: dict[str, str | int] = {
             "process.roles": "broker,controller",
@@ -246,15 +242,9 @@ async def _run_in_foreground(port: int, data_dir: Path) -> int:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """`python -m orderflow.embedded.kafka`; exit code 1 when Kafka cannot be run or ends by itself."""
-    parser = argparse.ArgumentParser(
-        prog="python -m orderflow.embedded.kafka", description="Run one Apache Kafka."
-    )
-    parser.add_argument(
-        "--port", type=int, default=DEFAULT_PORT, help="taken when free, else another (default 9092)"
-    )
-    parser.add_argument(
-        "--data", type=Path, default=Path(".orderflow/kafka"), help="default .orderflow/kafka"
-    )
+    parser = argparse.ArgumentParser(prog="python -m orderflow.embedded.kafka", description="Run one Apache Kafka.")
+    parser.add_argument("--port", type=int, default=DEFAULT_PORT, help="taken when free, else another (default 9092)")
+    parser.add_argument("--data", type=Path, default=Path(".orderflow/kafka"), help="default .orderflow/kafka")
     options = parser.parse_args(arguments)
     try:
         return asyncio.run(_run_in_foreground(options.port, options.data.resolve()))

@@ -109,9 +109,7 @@ def _java() -> Path:
     if found is None:
         raise EmbeddedError(f"{wanted}, and there is no java on PATH: install a JDK or JRE")
     try:
-        said = subprocess.run(
-            [found, "-version"], capture_output=True, text=True, timeout=JAVA_TIMEOUT
-        ).stderr
+        said = subprocess.run([found, "-version"], capture_output=True, text=True, timeout=JAVA_TIMEOUT).stderr
     except (OSError, subprocess.SubprocessError) as error:
         raise EmbeddedError(f"{wanted}, and {found} does not run: {error}") from None
     version = re.search(r'version "(?:1\.)?(\d+)', said)
@@ -144,9 +142,7 @@ async def install(cache_dir: Path | None = None) -> KafkaInstall:
     try:
         done.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise EmbeddedError(
-            f"{done.parent} cannot be created: {error.strerror}: set XDG_CACHE_HOME"
-        ) from None
+        raise EmbeddedError(f"{done.parent} cannot be created: {error.strerror}: set XDG_CACHE_HOME") from None
     async with await InstanceLock.acquire(done.parent, MAVEN_TIMEOUT) as lock:
         if not _is_complete(done):
             await _fetch(maven, java, done, lock)
@@ -180,18 +176,12 @@ async def _format(install: KafkaInstall, log: Path, lock: InstanceLock) -> None:
         "listeners=PLAINTEXT://127.0.0.1:2,CONTROLLER://127.0.0.1:1\ncontroller.listener.names=CONTROLLER\n"
         f"log.dirs={formatted}\n"
     )
-    command = install.command(
-        "kafka.tools.StorageTool", "format", "-t", "T3JkZXJmbG93T3JkZXJmbA", "-c", properties
-    )
+    command = install.command("kafka.tools.StorageTool", "format", "-t", "T3JkZXJmbG93T3JkZXJmbA", "-c", properties)
     await _run(command, "Kafka's format tool", log, install.directory, lock, FORMAT_TIMEOUT)
 
 
-async def _run(
-    command: list[str | Path], name: str, log: Path, cwd: Path, lock: InstanceLock, timeout: float
-) -> None:
-    child = await GuardedChild.spawn(
-        command, name=name, log=log, cwd=cwd, env=java_environment(), keep_fds=[lock.fd]
-    )
+async def _run(command: list[str | Path], name: str, log: Path, cwd: Path, lock: InstanceLock, timeout: float) -> None:
+    child = await GuardedChild.spawn(command, name=name, log=log, cwd=cwd, env=java_environment(), keep_fds=[lock.fd])
     try:
         ended = await child.ended_within(timeout)
     finally:
@@ -199,6 +189,4 @@ async def _run(
             await child.kill()
     if not ended or child.returncode != 0:
         why = "failed" if ended else f"did not end within {timeout:.0f} s"
-        raise EmbeddedError(
-            f"{name} {why}: Apache Kafka {VERSION} is not installed. See {log}:\n{child.log_tail()}"
-        )
+        raise EmbeddedError(f"{name} {why}: Apache Kafka {VERSION} is not installed. See {log}:\n{child.log_tail()}")

@@ -24,14 +24,19 @@ ENDING_TIMEOUT = 20.0
 
 
 def alive(pid: int) -> bool:
-    """Whether a process with this id exists, whoever owns it."""
+    """Whether a process with this id exists, whoever owns it, and has not ended without being reaped yet."""
     try:
         os.kill(pid, 0)
-    except ProcessLookupError:
+    except (ProcessLookupError, OverflowError):
         return False
-    except (PermissionError, OverflowError):
+    except PermissionError:
+        pass
+    try:
+        return Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()[0] not in (b"Z", b"X")
+    except FileNotFoundError:  # macOS has no /proc; on Linux it has just ended
+        return sys.platform != "linux"
+    except OSError:
         return True
-    return True
 
 
 class InstanceLock:
@@ -51,9 +56,7 @@ class InstanceLock:
         try:
             fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
         except OSError as error:
-            raise EmbeddedError(
-                f"{path} cannot be opened: {error.strerror}. Was it made by another user?"
-            ) from None
+            raise EmbeddedError(f"{path} cannot be opened: {error.strerror}. Was it made by another user?") from None
         lock = cls(fd, path)
         try:
             async with asyncio.timeout(patience):
@@ -77,9 +80,7 @@ class InstanceLock:
         except OSError as error:
             if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
                 return False
-            raise EmbeddedError(
-                f"{self.path} cannot be locked: {error.strerror}. Choose a local directory"
-            ) from None
+            raise EmbeddedError(f"{self.path} cannot be locked: {error.strerror}. Choose a local directory") from None
         return True
 
     def record(self, server: int) -> None:

@@ -5,12 +5,16 @@ from __future__ import annotations
 import hashlib
 import os
 import stat
+import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
 from orderflow.embedded.access import Account, owned_directory, server_account, succeeds_as
 from orderflow.embedded.errors import EmbeddedError
+
+if sys.platform != "win32":
+    import pwd
 
 STAND_IN_BASE = Path("/var/tmp")
 CLUSTER = "pgdata"  # PostgreSQL's own directory inside the instance's
@@ -40,12 +44,12 @@ def find_place(wanted: Path) -> Place:
         if os.path.lexists(directory / CLUSTER):
             return _existing(directory)
     account = server_account()
+    if account is None:
+        _require_name()
     try:
         _make(wanted, account)
     except OSError as error:
-        raise EmbeddedError(
-            f"{wanted} cannot be created: {error.strerror}: choose another data directory"
-        ) from None
+        raise EmbeddedError(f"{wanted} cannot be created: {error.strerror}: choose another data directory") from None
     if _keeps_private_files(wanted, account):
         return Place(wanted, account)
     owned_directory(stand_in.parent)
@@ -53,9 +57,18 @@ def find_place(wanted: Path) -> Place:
     if _keeps_private_files(stand_in, account):
         return Place(stand_in, account)
     who = account.name if account else "this user"
-    raise EmbeddedError(
-        f"neither {wanted} nor {stand_in} can hold a database of {who}: choose another data directory"
-    )
+    raise EmbeddedError(f"neither {wanted} nor {stand_in} can hold a database of {who}: choose another data directory")
+
+
+def _require_name() -> None:
+    # initdb gives up on a user id without an entry, as containers with an arbitrary --user have it.
+    try:
+        pwd.getpwuid(os.geteuid())
+    except KeyError:
+        raise EmbeddedError(
+            f"user id {os.geteuid()} has no entry in /etc/passwd, which PostgreSQL needs: add one, run as another "
+            "user, or set DATABASE_URL to a server of your own"
+        ) from None
 
 
 def stand_in_for(wanted: Path) -> Path:
@@ -80,9 +93,7 @@ def _existing(directory: Path) -> Place:
         raise EmbeddedError(f"{cluster} cannot be read: {error.strerror}") from None
     us = os.geteuid()
     if owner == 0 and us == 0:
-        raise EmbeddedError(
-            f"{cluster} belongs to root, and PostgreSQL does not run as root: chown -R postgres {cluster}"
-        )
+        raise EmbeddedError(f"{cluster} belongs to root, and PostgreSQL does not run as root: chown -R postgres {cluster}")
     if us not in (0, owner):
         raise EmbeddedError(
             f"{cluster} was made by user {Account.of(owner).name}: run as that user (as root, if root "
@@ -91,9 +102,7 @@ def _existing(directory: Path) -> Place:
     account = Account.of(owner) if us == 0 else None
     if not succeeds_as(account, 'cd "$1" && test -r PG_VERSION && test -w .', cluster):
         who = account.name if account else "this user"
-        raise EmbeddedError(
-            f"user {who} cannot reach {cluster}: open the directories above it (chmod o+x), or move it"
-        )
+        raise EmbeddedError(f"user {who} cannot reach {cluster}: open the directories above it (chmod o+x), or move it")
     return Place(directory, account)
 
 

@@ -105,9 +105,7 @@ class EmbeddedPostgres(EmbeddedServer):
             await self.stop()
             raise
 
-    async def _start_on_a_free_port(
-        self, place: Place, binaries: PostgresBinaries, lock: InstanceLock
-    ) -> GuardedChild:
+    async def _start_on_a_free_port(self, place: Place, binaries: PostgresBinaries, lock: InstanceLock) -> GuardedChild:
         again = self._port is not None  # after a restart clients look for it where it was
         for _ in range(PORT_ATTEMPTS):
             port = self._port if again and self._port is not None else ports.choose(self._preferred)
@@ -126,9 +124,7 @@ class EmbeddedPostgres(EmbeddedServer):
             return child
         raise EmbeddedError(f"no free port was found for PostgreSQL in {PORT_ATTEMPTS} attempts")
 
-    async def _spawn(
-        self, place: Place, binaries: PostgresBinaries, lock: InstanceLock, port: int
-    ) -> GuardedChild:
+    async def _spawn(self, place: Place, binaries: PostgresBinaries, lock: InstanceLock, port: int) -> GuardedChild:
         command: list[str | Path] = [binaries.program("postgres"), "-D", place.cluster]
         for name, value in {**self._settings, "port": port}.items():
             command += ["-c", f"{name}={value}"]

@@ -267,8 +267,7 @@ class GuardedChild:
         except TimeoutError:
             why = f" (last: {last})" if last else ""
             raise EmbeddedError(
-                f"{self.name} was not ready within {timeout:.0f} s{why}. "
-                f"The end of {self.log}:\n{self.log_tail()}"
+                f"{self.name} was not ready within {timeout:.0f} s{why}. The end of {self.log}:\n{self.log_tail()}"
             ) from None
         raise ServerDiedError(self.name, await self.wait(), self.log, self.log_tail())
 

@@ -47,6 +47,8 @@ class Consumer(ConsumerRebalanceListener):  # type: ignore[misc]
         self._watermarks: dict[TopicPartition, Watermark] = {}
         self._committed: dict[TopicPartition, int] = {}
         self._paused: set[TopicPartition] = set()
+        # Of max_in_flight, what one partition may hold.
+        self._share = max_in_flight
         self._consumer: AIOKafkaConsumer | None = None
         self._failure: BaseException | None = None
         self._failed = asyncio.Event()
@@ -69,8 +71,7 @@ class Consumer(ConsumerRebalanceListener):  # type: ignore[misc]
                     fetch.cancel()
                     break
                 for partition, records in fetch.result().items():
-                    self._take(partition, records)
-                self._apply_backpressure(consumer)
+                    self._take(consumer, partition, records)
                 if committer.done():
                     committer.result()
             if self._failure is not None:
@@ -86,38 +87,38 @@ class Consumer(ConsumerRebalanceListener):  # type: ignore[misc]
             await bounded(self._commit(consumer), 2.0)
             await bounded(consumer.stop(), 3.0)
 
-    def _take(self, partition: TopicPartition, records: Iterable[ConsumerRecord]) -> None:
-        watermark = self._watermarks.setdefault(partition, Watermark())
+    def _take(self, consumer: AIOKafkaConsumer, partition: TopicPartition, records: Iterable[ConsumerRecord]) -> None:
+        watermark = self._watermarks.get(partition)
+        if watermark is None:
+            return
         for record in records:
             if watermark.take(record.offset):
                 # No key: order within the partition is all there is to keep.
                 self._scheduler.submit(record.key or partition, (partition, watermark, record))
+        self._pause_or_resume(consumer, partition, watermark)
 
     async def _run_item(self, item: Item) -> None:
         partition, watermark, record = item
         place = Place(record.topic, record.partition, record.offset)
         await self._execute(Record(place, record.key, record.value, record.headers))
         watermark.finish(record.offset)
-        if partition in self._paused and self._consumer is not None:
-            self._apply_backpressure(self._consumer)
+        # Not for a watermark of before a rebalance: the partition may be another's now.
+        if partition in self._paused and self._consumer is not None and self._watermarks.get(partition) is watermark:
+            self._pause_or_resume(self._consumer, partition, watermark)
 
     def _fail(self, error: BaseException) -> None:
         self._failure = self._failure or error
         self._failed.set()
 
-    def _apply_backpressure(self, consumer: AIOKafkaConsumer) -> None:
-        assigned = consumer.assignment()
-        limit = max(100, self._max_in_flight // max(1, len(assigned)))
-        for partition in assigned:
-            watermark = self._watermarks.get(partition)
-            # Held, not in flight: offsets finished behind a slow head are kept in memory, and must be bounded as well.
-            held = watermark.held if watermark else 0
-            if held >= limit and partition not in self._paused:
+    def _pause_or_resume(self, consumer: AIOKafkaConsumer, partition: TopicPartition, watermark: Watermark) -> None:
+        # Held, not in flight: offsets finished behind a slow head are kept in memory, and must be bounded as well.
+        if watermark.held >= self._share:
+            if partition not in self._paused:
                 consumer.pause(partition)
                 self._paused.add(partition)
-            elif held <= limit * 3 // 4 and partition in self._paused:
-                consumer.resume(partition)
-                self._paused.discard(partition)
+        elif partition in self._paused and watermark.held <= self._share * 3 // 4:
+            self._paused.discard(partition)
+            consumer.resume(partition)
 
     async def _commit_now_and_then(self, consumer: AIOKafkaConsumer) -> None:
         while True:
@@ -159,6 +160,7 @@ class Consumer(ConsumerRebalanceListener):  # type: ignore[misc]
     async def on_partitions_assigned(self, assigned: Iterable[TopicPartition]) -> None:
         """Begin each partition with a fresh watermark."""
         partitions = sorted(p.partition for p in assigned)
+        self._share = max(1, self._max_in_flight // max(1, len(partitions)))
         for partition in assigned:
             self._watermarks[partition] = Watermark()
         emit(WORKER, "ASSIGNED", partitions=partitions)

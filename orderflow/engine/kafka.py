@@ -92,11 +92,10 @@ class Kafka:
         try:
             async with asyncio.timeout(self.timeout):
                 if self.topic not in await admin.list_topics():
-                    try:
-                        response = await admin.create_topics([NewTopic(self.topic, self.partitions, self.replication)])
-                    except TopicAlreadyExistsError:
-                        response = None
-                    refuse_failed_creation(self.topic, response)
+                    topic = NewTopic(self.topic, self.partitions, 1)
+                    # Set afterwards: the constructor refuses -1, which the protocol has for the broker's own default.
+                    topic.replication_factor = self.replication
+                    refuse_failed_creation(self.topic, await admin.create_topics([topic]))
                 described = await admin.describe_topics([self.topic])
                 return max(1, len(described[0]["partitions"]))
         except (KafkaError, TimeoutError, OSError) as error:

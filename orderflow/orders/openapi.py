@@ -18,6 +18,7 @@ from orderflow.orders.problems import CONTENT_TYPE
 
 _RETRY: Final = {"Retry-After": ("seconds after which to try again", {"type": "integer", "minimum": 0})}
 _ALLOW: Final = {"Allow": ("the methods that this address takes", {"type": "string"})}
+_KEY: Final = r'^([!#-~][!-~]{0,254}|"([!#-\[\]-~]|\\["\\]){1,255}")$'
 _ANSWERS: Final = (
     schemas.OrderPlaced, schemas.OrderView, schemas.OrderPage, schemas.Timeline, schemas.Live, schemas.Ready,
     schemas.ProblemDocument, schemas.FieldProblem, schemas.DatabaseProblem, schemas.NotReady,
@@ -115,7 +116,7 @@ def _place() -> dict[str, Any]:
                 "in": "header",
                 "required": False,
                 "description": "Bare or quoted. The same key and order within 24 hours give the first answer again.",
-                "schema": {"type": "string", "pattern": r"^[!#-~][!-~]{0,254}$", "maxLength": 255},
+                "schema": {"type": "string", "pattern": _KEY, "maxLength": 512},
             }
         ],
         "requestBody": {
@@ -143,7 +144,7 @@ def _page_parameters() -> list[dict[str, Any]]:
     described = (
         ("state", "Only orders in this state.", {"type": "string", "enum": ["", *State]}),
         ("limit", "Orders in an answer at the most.", {"anyOf": [limit, empty]}),
-        ("after", "The `next` of the page before.", {"type": "string"}),
+        ("after", "The `next` of the page before.", {"type": "string", "pattern": "^([A-Za-z0-9_-]{32})?$"}),
     )
     return [
         {

@@ -22,6 +22,9 @@ LARGEST_LIMIT: Final = 500
 
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _CURSOR = struct.Struct(">q16s")
+_MICROSECOND = timedelta(microseconds=1)
+_EARLIEST = (datetime(1, 1, 1, tzinfo=UTC) - _EPOCH) // _MICROSECOND
+_LATEST = (datetime(9999, 12, 31, tzinfo=UTC) - _EPOCH) // _MICROSECOND
 _LIMIT = re.compile(r"[0-9]{1,3}")
 
 T = TypeVar("T")
@@ -59,7 +62,7 @@ def parse_page(query: MultiMapping[str]) -> Page:
 
 def encode_cursor(created_at: datetime, order_id: UUID) -> str:
     """The cursor of the orders that come after this one."""
-    microseconds = (created_at - _EPOCH) // timedelta(microseconds=1)
+    microseconds = (created_at - _EPOCH) // _MICROSECOND
     return base64.urlsafe_b64encode(_CURSOR.pack(microseconds, order_id.bytes)).decode("ascii")
 
 
@@ -67,9 +70,10 @@ def decode_cursor(text: str) -> tuple[datetime, UUID]:
     """The place that a cursor stands for. Raises ValueError for what encode_cursor has not made."""
     try:
         microseconds, order_id = _CURSOR.unpack(base64.b64decode(text.encode("ascii"), altchars=b"-_", validate=True))
-        return _EPOCH + timedelta(microseconds=microseconds), UUID(bytes=order_id)
-    except (ValueError, binascii.Error, struct.error, OverflowError):
+    except (ValueError, binascii.Error, struct.error):
         raise ValueError("must be the `next` of an earlier answer") from None
+    # Whatever eight bytes say is a time; those that no calendar has come before or after all orders.
+    return _EPOCH + min(max(microseconds, _EARLIEST), _LATEST) * _MICROSECOND, UUID(bytes=order_id)
 
 
 def _state(text: str) -> State:

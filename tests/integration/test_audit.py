@@ -219,7 +219,7 @@ async def test_it_writes_nothing_and_reads_one_snapshot(sound: asyncpg.Connectio
     with sound.query_logger(lambda record: queries.append(record.query)):
         await audit(sound, accepted=[])
     assert queries[0] == "BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY;"
-    assert [query for query in queries if query.startswith(("BEGIN", "COMMIT"))] == [queries[0], queries[-1]]
+    assert [query for query in queries if query.startswith("BEGIN")] == queries[:1]
     assert len([query for query in queries if "violating AS MATERIALIZED" in query]) == len(INVARIANTS)
 
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import socket
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from orderflow.embedded import ports
 from orderflow.embedded.access import owned_directory
 from orderflow.embedded.errors import AlreadyRunningError, EmbeddedError, ServerDiedError
 from orderflow.embedded.guard import descendants
-from orderflow.embedded.lock import InstanceLock
+from orderflow.embedded.lock import InstanceLock, alive
 from orderflow.embedded.process import GUARD, GuardedChild
 from tests.servers import is_gone
 from tests.waiting import eventually
@@ -28,7 +29,7 @@ LINUX_ONLY = pytest.mark.skipif(sys.platform != "linux", reason="needs PR_SET_PD
 STUBBORN = """
 import signal, subprocess, sys, time
 signal.signal(signal.SIGTERM, signal.SIG_IGN)
-child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"], start_new_session=True)
+child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"], start_new_session=True, close_fds=False)
 print(child.pid, flush=True)
 time.sleep(600)
 """
@@ -113,7 +114,7 @@ async def test_a_server_that_never_gets_ready_is_reported_with_its_log(log: Path
 
 
 async def test_a_program_that_does_not_exist_is_an_error_for_people(log: Path) -> None:
-    with pytest.raises(EmbeddedError, match="the thing cannot be started: .*No such file"):
+    with pytest.raises(EmbeddedError, match=r"the thing cannot be started: .*No such file"):
         await GuardedChild.spawn(["/nowhere/at/all"], name="the thing", log=log)
 
 
@@ -188,9 +189,20 @@ async def test_a_stale_lock_file_means_nothing(tmp_path: Path, content: str) -> 
     (await InstanceLock.acquire(tmp_path, patience=1)).close()
 
 
-def test_a_port_in_use_is_not_chosen() -> None:
-    import socket
+def test_a_process_that_nobody_has_reaped_is_not_alive() -> None:
+    ended = subprocess.Popen([sys.executable, "-c", "pass"], stdout=subprocess.PIPE)
+    assert ended.stdout is not None
+    with ended, ended.stdout:
+        assert alive(os.getpid())
+        ended.stdout.read()
+        if sys.platform == "linux":
+            os.waitid(os.P_PID, ended.pid, os.WEXITED | os.WNOWAIT)
+            assert not alive(ended.pid)
+    assert not alive(ended.pid)
+    assert not alive(2**40)
 
+
+def test_a_port_in_use_is_not_chosen() -> None:
     with socket.socket() as taken:
         taken.bind((ports.HOST, 0))
         taken.listen()
@@ -201,16 +213,18 @@ def test_a_port_in_use_is_not_chosen() -> None:
 
 
 def test_a_directory_that_somebody_laid_beforehand_is_refused(tmp_path: Path) -> None:
-    def refused(make: Callable[[Path], None], name: str) -> None:
-        make(tmp_path / name)
+    (tmp_path / "file").touch()
+    (tmp_path / "link").symlink_to(tmp_path)
+    for name in ("open", "foreign"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "open").chmod(0o777)
+    names = ["file", "link", "open"]
+    if os.geteuid() == 0:
+        os.chown(tmp_path / "foreign", 65534, 65534)
+        names.append("foreign")
+    for name in names:
         with pytest.raises(EmbeddedError, match="not a directory that belongs to us alone"):
             owned_directory(tmp_path / name)
-
-    refused(lambda path: path.touch(), "file")
-    refused(lambda path: path.symlink_to(tmp_path), "link")
-    refused(lambda path: (path.mkdir(), path.chmod(0o777)) and None, "open")
-    if os.geteuid() == 0:
-        refused(lambda path: (path.mkdir(), os.chown(path, 65534, 65534)) and None, "foreign")
     assert owned_directory(tmp_path / "ours") == owned_directory(tmp_path / "ours")
 
 

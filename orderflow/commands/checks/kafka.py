@@ -52,7 +52,7 @@ def _unreachable(kafka: Kafka, error: BaseException) -> Check:
 async def _brokers(kafka: Kafka, client: AIOKafkaClient) -> Check:
     brokers = client.cluster.brokers()
     where = f"{len(brokers)} broker{'s' if len(brokers) != 1 else ''} at {kafka.bootstrap}"
-    if kafka.is_embedded:
+    if kafka.embedded:
         return ok(ABOUT, f"{where}: the embedded one, which forgets everything when it stops")
     return ok(ABOUT, f"{where}, {await _version(client)}")
 
@@ -80,7 +80,7 @@ def _topic(kafka: Kafka, cluster: Any) -> list[Check]:
     seen = f"topic {kafka.topic}: {len(partitions)} partitions, {replicas} replicas"
     if leaderless:
         return [problem(ABOUT, f"{seen}, {len(leaderless)} without a leader", "bring their brokers back")]
-    if kafka.is_embedded:
+    if kafka.embedded:
         return [ok(ABOUT, seen)]
     checks = []
     if len(partitions) == 1:
