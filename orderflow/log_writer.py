@@ -92,14 +92,16 @@ class LineWriter:
                 self._hurry.clear()
             with self._lock:
                 lines, self._lines = self._lines, []
-                if not lines:
-                    self._awake = False
-                    self._wake.clear()
-                    self._idle.set()
-            if lines:
-                self._write_all(lines)
-                self._report_dropped()
-            elif self._ending:
+            self._write_all(lines)
+            self._report_dropped()
+            with self._lock:
+                if self._lines:
+                    continue
+                self._awake = False
+                self._wake.clear()
+                self._idle.set()
+            # Asked after the clearing: a close() that came before it would be slept through.
+            if self._ending:
                 return
 
     def _write_all(self, lines: Sequence[bytes]) -> None:

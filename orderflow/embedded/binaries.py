@@ -138,7 +138,8 @@ def copy_installation(binaries: PostgresBinaries, target: Path) -> PostgresBinar
     """Copy a wheel's PostgreSQL to `target` (replacing what is there), readable by everybody."""
     shutil.rmtree(target, ignore_errors=True)  # of a copy that was interrupted
     copy = _inside(binaries, target)
-    assert binaries.package is not None and copy.package is not None
+    assert binaries.package is not None
+    assert copy.package is not None
     for name in ("bin", "lib", "share"):
         shutil.copytree(binaries.bindir.parent / name, copy.bindir.parent / name, symlinks=True)
     # The programs look for these by their path relative to themselves: the first on Linux, the second on macOS.

@@ -101,19 +101,23 @@ class Executor:
         emit(WORKER, "EVENT_RECEIVED", eventId=message.id, eventType=message.type)
         if message.attempt == 1:
             observe("received", (datetime.now(UTC) - message.created_at.astimezone(UTC)).total_seconds())
+        handler = self._handlers.get(message.type)
+        # What nobody handles is only recorded, and usually new: the record alone tells, without a look before it.
+        if handler is None and await self._records.submit(message.id):
+            emit(WORKER, "EVENT_PROCESSED", eventId=message.id, eventType=message.type)
+            return
         known = await self._lookups.submit(message.id)
         if known is None:
             reason = "Unknown event: no outbox row in this database"
             await self._bury_foreign(record, message.id, reason, None, message)
             return
         delivery = Delivery(message, record.place, self._worker_id, max(0, known.attempt - known.first_attempt))
-        outcome = await self._handle(delivery) if known.is_fresh(message.attempt) else Duplicate()
-        await self._settle(delivery, outcome)
+        if handler is None or not known.is_fresh(message.attempt):
+            await self._settle(delivery, Duplicate())
+        else:
+            await self._settle(delivery, await self._handle(handler, delivery))
 
-    async def _handle(self, delivery: Delivery) -> Outcome:
-        handler = self._handlers.get(delivery.message.type)
-        if handler is None:
-            return Done()
+    async def _handle(self, handler: Handler, delivery: Delivery) -> Outcome:
         try:
             return await handler.handle(delivery)
         except Exception as error:

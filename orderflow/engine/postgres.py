@@ -33,7 +33,7 @@ class Database:
         try:
             pool = await asyncio.wait_for(
                 asyncpg.create_pool(
-                    url, min_size=1, max_size=size, timeout=timeout, command_timeout=timeout, init=_keep_alive,
+                    url, min_size=1, max_size=size, timeout=timeout, command_timeout=timeout, init=_keep_alive, reset=_nothing_to_reset,
                     max_inactive_connection_lifetime=60.0, statement_cache_size=statement_cache,
                     server_settings=_session(application, timeout),
                 ),
@@ -117,6 +117,10 @@ async def _keep_alive(connection: Connection) -> None:
     for name, value in (("TCP_KEEPIDLE", 10), ("TCP_KEEPINTVL", 5), ("TCP_KEEPCNT", 3), ("TCP_USER_TIMEOUT", 30_000)):
         if hasattr(socket, name):
             sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
+
+
+async def _nothing_to_reset(connection: Connection) -> None:
+    """asyncpg clears a session at each release, a round trip; nothing here leaves anything in a pooled session."""
 
 
 def _session(application: str, timeout: float) -> dict[str, str]:

@@ -16,11 +16,12 @@ FROM outbox o WHERE o.event_id = ANY($1::uuid[])
 """
 
 # In the order of the key, so that two workers that record overlapping groups cannot wait for each other in a circle. Never for
-# a buried event: an event is processed or dead-lettered, not both.
+# a buried event: an event is processed or dead-lettered, not both. Never without an outbox row: that is not an event of ours.
 _RECORD = """
 INSERT INTO processed_events (event_id, worker_id)
 SELECT event_id, $2 FROM unnest($1::uuid[]) AS t(event_id)
-WHERE NOT EXISTS (SELECT FROM dead_letter_events d WHERE d.event_id = t.event_id)
+WHERE EXISTS (SELECT FROM outbox o WHERE o.event_id = t.event_id)
+  AND NOT EXISTS (SELECT FROM dead_letter_events d WHERE d.event_id = t.event_id)
 ORDER BY event_id
 ON CONFLICT (event_id) DO NOTHING
 RETURNING event_id
@@ -51,6 +52,6 @@ async def look_up(database: Database, event_ids: Sequence[UUID]) -> list[Known |
 
 
 async def record(database: Database, event_ids: Sequence[UUID], worker_id: str) -> list[bool]:
-    """Note events as processed; False for each that was decided before."""
+    """Note events as processed; False for each that was decided before, or has no outbox row here."""
     recorded = {row["event_id"] for row in await database.fetch(_RECORD, event_ids, worker_id)}
     return [event_id in recorded for event_id in event_ids]

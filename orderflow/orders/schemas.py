@@ -208,6 +208,8 @@ def _problem(error: ValidationError) -> Problem:
                 message = "is not a field of this request"
             case "model_type" | "model_attributes_type":
                 message = "must be a JSON object with userId and amount"
+            case "string_unicode":
+                message = "has a name that is not Unicode"
             case _:
                 message = found["msg"].removeprefix("Value error, ")
         wrong.append((field, message))

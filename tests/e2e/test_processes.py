@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import socket
-import subprocess
-import sys
 import textwrap
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,7 +16,7 @@ import pytest
 from orderflow.engine.patience import Misconfigured
 from orderflow.processes import child_environment, reserved_port, worker_name
 from orderflow.settings import Settings, load
-from tests.programs import FACTS, ROOT, Program, alive, end_all, holds
+from tests.programs import FACTS, Program, alive, end_all, holds
 
 # A role that says it is up, and behaves on its end as the mode says.
 CHILD = FACTS + textwrap.dedent("""
@@ -44,6 +42,16 @@ CHILD = FACTS + textwrap.dedent("""
                     time.sleep(0.01)
             tell("DOWN", role=role)
 
+    if mode == "talk":
+        from orderflow import logs
+        from orderflow.engine.telemetry import WORKER, emit
+        log = logs.install(settings)
+
+        async def talk(stopping):
+            while not stopping.is_set():
+                emit(WORKER, "LINE", pid=os.getpid())
+                await asyncio.sleep(0.001)
+        Service.run = lambda self, stopping: talk(stopping)
     if mode == "crash":
         tell("CRASH", role=role)
         sys.exit(1)
@@ -59,7 +67,11 @@ from orderflow.processes import run_processes
 from orderflow.settings import load
 
 child, modes, counts = sys.argv[1], json.loads(sys.argv[2]), json.loads(sys.argv[3])
-subscribe()
+if "talk" in modes.values():
+    from orderflow import logs
+    logs.install(load())
+else:
+    subscribe()
 def command(role):
     return [sys.executable, "-c", child, modes.get(role, "obey"), role]
 
@@ -70,7 +82,8 @@ else:
     runner = asyncio.Runner()
 with runner:
     code = runner.run(run_processes(load(), counts, command=command))
-tell("RETURNED", code=code)
+if "talk" not in modes.values():
+    tell("RETURNED", code=code)
 sys.exit(code)
 """
 
@@ -79,8 +92,6 @@ sys.exit(code)
 def parent(
     counts: dict[str, int], *, modes: dict[str, str] | None = None, loop: str = "asyncio", **settings: str
 ) -> Iterator[Program]:
-    import json
-
     environment = {"ORDERFLOW_GRACE_SECONDS": "20", "HTTP_PORT": "0", **settings}
     with Program(
         PARENT, CHILD, json.dumps(modes or {}), json.dumps(counts), loop, environment=environment
@@ -192,6 +203,24 @@ def test_a_sigkill_of_the_parent_leaves_no_child(mode: str) -> None:
         program.send(signal.SIGKILL)
         program.process.wait()
         assert all_gone(program)
+
+
+def test_head_ends_the_parent_and_its_children_quietly() -> None:
+    program = f"{FACTS}{PARENT}"
+    arguments = (CHILD, json.dumps({"worker": "talk"}), json.dumps({"worker": 3}), "asyncio")
+    reading, writing = os.pipe()
+    talking = subprocess.Popen(
+        (sys.executable, "-c", program, *arguments), cwd=ROOT, stdout=writing, stderr=subprocess.PIPE,
+        env={**os.environ, "HTTP_PORT": "0"},
+    )  # fmt: skip
+    os.close(writing)
+    with os.fdopen(reading, "rb") as stream:
+        lines = [json.loads(stream.readline())]
+        while len({line["pid"] for line in lines if line["type"] == "LINE"}) < 3:
+            lines.append(json.loads(stream.readline()))
+    _, errors = talking.communicate(timeout=20)
+    assert (talking.returncode, errors) == (0, b"")
+    assert not any(alive(line["pid"]) for line in lines if line["type"] == "LINE")
 
 
 def test_a_taken_port_is_refused_before_anything_starts() -> None:

@@ -6,7 +6,6 @@ import json
 from typing import Any
 
 import asyncpg
-import pytest
 
 from tests.serving import USER, Answer, Served, serving
 
@@ -37,7 +36,7 @@ BODIES: dict[str, tuple[str | bytes, int, str]] = {
     "Infinity": (amount("Infinity"), 400, "the body is not JSON: Infinity is not a JSON number"),
     "-Infinity": (amount("-Infinity"), 400, "the body is not JSON: -Infinity is not a JSON number"),
     "raw NUL in a text": (user('"\x00"'), 400, "the body is not JSON: Invalid control character at (line 1, column 13)"),
-    "NUL after the body": (amount("1") + "\x00", 400, "the body is not JSON: Extra data (line 1, column 63)"),
+    "NUL after the body": (amount("1") + "\x00", 400, "the body is not JSON: Extra data (line 1, column 64)"),
     "invalid UTF-8": (user('"\xff"').encode("latin-1"), 400, "the body is not UTF-8 (byte 12)"),
     "UTF-16": (amount("1").encode("utf-16"), 400, "the body is not UTF-8 (byte 0)"),
     "byte order mark": (b"\xef\xbb\xbf" + amount("1").encode(), 400, "the body is not JSON: Unexpected UTF-8 BOM (decode using utf-8-sig) (line 1, column 1)"),
@@ -78,7 +77,7 @@ BODIES: dict[str, tuple[str | bytes, int, str]] = {
     "userId with an escaped NUL": (user('"\\u0000"'), 422, NOT_A_UUID),
     "extra field": (f'{{"userId": "{USER}", "amount": 1, "coupon": "x"}}', 422, "coupon: is not a field of this request"),
     "the name in Python's style": (f'{{"user_id": "{USER}", "amount": 1}}', 422, "userId: is required; user_id: is not a field of this request"),
-    "extra field with a lone surrogate": (amount('1, "\\ud800": 1'), 422, "?: is not a field of this request"),
+    "extra field with a lone surrogate": (amount('1, "\\ud800": 1'), 422, "body: has a name that is not Unicode"),
     "two wrong fields": ('{"userId": 1, "amount": 0}', 422, f"{NOT_A_UUID}; {OUT_OF_RANGE}"),
 }  # fmt: skip
 
@@ -101,6 +100,45 @@ TYPES: dict[str, dict[str, str]] = {
     "problem": {"Content-Type": "application/problem+json"},
     "compressed": {"Content-Type": "application/json", "Content-Encoding": "gzip"},
 }
+
+
+ADDRESSES = [
+    ("GET", "/", 404, "There is nothing at this address."),
+    ("GET", "/orders/", 404, "There is nothing at this address."),
+    ("POST", "/order", 404, "There is nothing at this address."),
+    ("GET", "/orders/x/y", 404, "There is nothing at this address."),
+    ("GET", "/orders/not-a-uuid", 404, "There is no order with this id."),
+    ("GET", "/orders/%00", 404, "There is no order with this id."),
+    ("GET", "/orders/%FF", 404, "There is no order with this id."),
+    ("GET", "/orders/..%2f..%2fetc%2fpasswd", 404, "There is no order with this id."),
+    ("GET", f"/orders/{USER.hex}", 404, "There is no order with this id."),
+    ("GET", f"/orders/{USER}", 404, f"There is no order {USER}."),
+    ("GET", f"/orders/{USER}/events", 404, f"There is no order {USER}."),
+    ("GET", "/orders/x/events", 404, "There is no order with this id."),
+    ("DELETE", "/orders", 405, "This address takes GET, HEAD, OPTIONS, POST."),
+    ("PUT", f"/orders/{USER}", 405, "This address takes GET, HEAD, OPTIONS."),
+    ("POST", "/readyz", 405, "This address takes GET, HEAD, OPTIONS."),
+    ("PATCH", "/metrics", 405, "This address takes GET, HEAD, OPTIONS."),
+    ("GET", "/orders?limit=0", 422, "limit: must be a whole number from 1 to 500"),
+    ("GET", "/orders?limit=501", 422, "limit: must be a whole number from 1 to 500"),
+    ("GET", "/orders?limit=ten", 422, "limit: must be a whole number from 1 to 500"),
+    ("GET", "/orders?state=LOST", 422, "state: must be one of CREATED, PAYMENT_PENDING, PAID, FAILED"),
+    ("GET", "/orders?state=%00", 422, "state: must be one of CREATED, PAYMENT_PENDING, PAID, FAILED"),
+    ("GET", "/orders?after=yesterday", 422, "after: must be the `next` of an earlier answer"),
+    ("GET", "/orders?limit=1&limit=2", 422, "limit: may be given once"),
+]  # fmt: skip
+
+MALFORMED = [
+    (b"garbage\r\n\r\n", 400),
+    (b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03", 400),
+    (b"GET http://[::1 HTTP/1.1\r\nHost: x\r\n\r\n", 400),
+    (b"GET / HTTP/1.1\r\nHost: x\r\nX: " + b"a" * 20_000 + b"\r\n\r\n", 400),
+    (b"POST /orders HTTP/1.1\r\nHost: x\r\nContent-Length: -1\r\n\r\n", 400),
+    (b"POST /orders HTTP/1.1\r\nHost: x\r\nContent-Length: 1\r\nContent-Length: 2\r\n\r\n{}", 400),
+    (b"POST /orders HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n", 400),
+    (b"GET /nothing HTTP/1.1\r\nHost: x\r\nConnection: close\r\nExpect: wonders\r\n\r\n", 417),
+    (b"POST /orders HTTP/1.1\r\nHost: x\r\nConnection: close\r\nExpect: wonders\r\n\r\n", 417),
+]  # fmt: skip
 
 
 def told(answer: Answer) -> tuple[int, str]:
@@ -185,7 +223,7 @@ async def test_64_kib_and_one_byte_more(database_url: str, connection: asyncpg.C
         headers = {"Content-Type": "application/json"}
         too_large = (413, "The body may have 65536 bytes at the most.")
         assert told(await post(api, fits + " ")) == too_large
-        assert told(await post(api, " " * 5_000_000)) == too_large
+        assert told(await post(api, " " * 1_000_000)) == too_large
         assert told(await api.ask("POST", "/orders", data=in_chunks(fits + " "), headers=headers)) == too_large
         assert told(await api.ask("POST", "/orders", data=in_chunks(fits * 50), headers=headers)) == too_large
         announced = await api.send(
@@ -197,65 +235,22 @@ async def test_64_kib_and_one_byte_more(database_url: str, connection: asyncpg.C
         assert (await api.ask("POST", "/orders", data=in_chunks(fits), headers=headers)).status == 201
 
 
-@pytest.mark.parametrize(
-    ("method", "path", "status", "detail"),
-    [
-        ("GET", "/", 404, "There is nothing at this address."),
-        ("GET", "/orders/", 404, "There is nothing at this address."),
-        ("POST", "/order", 404, "There is nothing at this address."),
-        ("GET", "/orders/x/y", 404, "There is nothing at this address."),
-        ("GET", "/orders/not-a-uuid", 404, "There is no order with this id."),
-        ("GET", "/orders/%00", 404, "There is no order with this id."),
-        ("GET", "/orders/%FF", 404, "There is no order with this id."),
-        ("GET", "/orders/..%2f..%2fetc%2fpasswd", 404, "There is no order with this id."),
-        ("GET", f"/orders/{USER.hex}", 404, "There is no order with this id."),
-        ("GET", f"/orders/{USER}", 404, f"There is no order {USER}."),
-        ("GET", f"/orders/{USER}/events", 404, f"There is no order {USER}."),
-        ("GET", "/orders/x/events", 404, "There is no order with this id."),
-        ("DELETE", "/orders", 405, "This address takes GET, HEAD, OPTIONS, POST."),
-        ("PUT", f"/orders/{USER}", 405, "This address takes GET, HEAD, OPTIONS."),
-        ("POST", "/readyz", 405, "This address takes GET, HEAD, OPTIONS."),
-        ("BREW", "/metrics", 405, "This address takes GET, HEAD, OPTIONS."),
-        ("GET", "/orders?limit=0", 422, "limit: must be a whole number from 1 to 500"),
-        ("GET", "/orders?limit=501", 422, "limit: must be a whole number from 1 to 500"),
-        ("GET", "/orders?limit=ten", 422, "limit: must be a whole number from 1 to 500"),
-        ("GET", "/orders?state=LOST", 422, "state: must be one of CREATED, PAYMENT_PENDING, PAID, FAILED"),
-        ("GET", "/orders?state=%00", 422, "state: must be one of CREATED, PAYMENT_PENDING, PAID, FAILED"),
-        ("GET", "/orders?after=yesterday", 422, "after: must be the `next` of an earlier answer"),
-        ("GET", "/orders?limit=1&limit=2", 422, "limit: may be given once"),
-    ],
-)  # fmt: skip
-async def test_addresses(database_url: str, method: str, path: str, status: int, detail: str) -> None:
+async def test_addresses(database_url: str) -> None:
     async with serving(database_url) as api:
-        answer = await api.ask(method, path)
-        assert told(answer) == (status, detail)
-        if status == 405:
-            assert f"This address takes {answer.headers['Allow']}." == detail
+        for method, path, status, detail in ADDRESSES:
+            answer = await api.ask(method, path)
+            assert told(answer) == (status, detail), (method, path)
+            if status == 405:
+                assert f"This address takes {answer.headers['Allow']}." == detail
 
 
-@pytest.mark.parametrize(
-    ("sent", "status"),
-    [
-        (b"garbage\r\n\r\n", 400),
-        (b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03", 400),
-        (b"GET http://[::1 HTTP/1.1\r\nHost: x\r\n\r\n", 400),
-        (b"GET / HTTP/1.1\r\nHost: x\r\nX: " + b"a" * 20_000 + b"\r\n\r\n", 400),
-        (b"POST /orders HTTP/1.1\r\nHost: x\r\nContent-Length: -1\r\n\r\n", 400),
-        (b"POST /orders HTTP/1.1\r\nHost: x\r\nContent-Length: 1\r\nContent-Length: 2\r\n\r\n{}", 400),
-        (b"POST /orders HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n", 400),
-        (b"GET /nothing HTTP/1.1\r\nHost: x\r\nConnection: close\r\nExpect: wonders\r\n\r\n", 417),
-        (b"POST /orders HTTP/1.1\r\nHost: x\r\nConnection: close\r\nExpect: wonders\r\n\r\n", 417),
-    ],
-    ids=["words", "TLS", "address", "header of 20 kB", "negative length", "two lengths", "chunk size", "417 elsewhere", "417"],
-)  # fmt: skip
-async def test_malformed_http_gets_a_problem_document(
-    database_url: str, connection: asyncpg.Connection, sent: bytes, status: int
-) -> None:
+async def test_malformed_http_gets_a_problem_document(database_url: str, connection: asyncpg.Connection) -> None:
     async with serving(database_url) as api:
-        head, _, body = (await api.send(sent)).partition(b"\r\n\r\n")
-        assert head.split()[1] == str(status).encode()
-        assert b"Content-Type: application/problem+json" in head
-        assert json.loads(body)["status"] == status
-        assert b"aiohttp" not in head + body
+        for sent, status in MALFORMED:
+            head, _, body = (await api.send(sent)).partition(b"\r\n\r\n")
+            assert head.split()[1] == str(status).encode(), sent[:80]
+            assert b"Content-Type: application/problem+json" in head
+            assert json.loads(body)["status"] == status
+            assert b"aiohttp" not in head + body
         assert (await api.ask("GET", "/livez")).status == 200
         assert await orders(connection) == 0

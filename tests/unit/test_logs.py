@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import gc
 import json
 import logging
 import os
 import re
-import signal
 import subprocess
 import sys
+import textwrap
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
-from pathlib import Path
 from threading import Event, Thread
 from typing import Any
 from uuid import UUID
@@ -29,7 +27,7 @@ from orderflow.engine.telemetry import PROCESS, WORKER, emit
 from orderflow.log_writer import LineWriter
 from orderflow.logs import JsonFormat, LibraryWarnings, LogWriter, secrets_of
 from orderflow.settings import Settings
-from tests.programs import FACTS, ROOT, Program, holds
+from tests.programs import FACTS, ROOT, Program
 
 LIMIT = 10.0
 IDENTIFIER = UUID("0198f3a2-7c41-7b6e-9d0f-3a5c8e1b2d47")
@@ -292,8 +290,6 @@ def test_lines_of_processes_that_share_a_pipe_do_not_mix() -> None:
             writer.flush(20)
     assert writer.close(20)
     """
-    import textwrap
-
     command = (sys.executable, "-c", FACTS + textwrap.dedent(source))
     reading, writing = os.pipe()
     writers = [
@@ -376,9 +372,9 @@ def test_a_repeated_warning_is_told_once_and_counted(
 
 
 def test_a_warning_with_a_wrong_format_is_told_all_the_same(
-    warnings: logging.Logger, facts: list[tuple[str, str, dict[str, Any]]]
+    facts: list[tuple[str, str, dict[str, Any]]],
 ) -> None:
-    warnings.warning("%s and %s", "one")
+    LibraryWarnings().emit(logging.LogRecord("aiohttp", logging.ERROR, "", 1, "%s and %s", ("one",), None))
     assert facts[0][2]["message"] == "%s and %s"
 
 
@@ -425,8 +421,6 @@ def test_head_ends_the_program_quietly() -> None:
     with Program(LOGGING, environment={"ORDERFLOW_LOG_FORMAT": "auto"}) as program:
         assert program.until("LINE")["number"] == 0
     reading, writing = os.pipe()
-    import textwrap
-
     talker = subprocess.Popen(
         (sys.executable, "-c", FACTS + textwrap.dedent(LOGGING)), cwd=ROOT, stdout=writing, stderr=subprocess.PIPE
     )
@@ -447,8 +441,6 @@ def test_a_terminal_gets_colours_and_a_pipe_gets_json() -> None:
     emit(PROCESS, "STARTUP", message="ready")
     log.close()
     """
-    import textwrap
-
     def output(log_format: str, descriptor: int) -> None:
         command = (sys.executable, "-c", FACTS + textwrap.dedent(source), log_format)
         subprocess.run(command, cwd=ROOT, stdout=descriptor, timeout=20, check=True)
@@ -484,8 +476,6 @@ def test_a_reader_that_stalls_costs_lines_and_the_log_says_how_many(pipe: Pipe) 
     log.close()
     """
     os.set_inheritable(pipe.writing, True)
-    import textwrap
-
     process = subprocess.Popen(
         (sys.executable, "-c", FACTS + textwrap.dedent(source), str(pipe.writing)),
         cwd=ROOT, pass_fds=(pipe.writing,), stdout=subprocess.PIPE,

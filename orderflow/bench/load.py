@@ -1,0 +1,188 @@
+"""The load generator, a process of its own: `python -m orderflow.bench.load OPTIONS`, OPTIONS and its one line of output JSON.
+
+Each accepted order's id is in the record file before the next request goes out on that connection: what the file holds, a
+client was told.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import random
+import sys
+import time
+import uuid
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from itertools import cycle
+from typing import Any
+
+from orderflow.bench.exchange import Address, Answer, Exchange, post_order
+
+CONNECT_TIMEOUT = 5.0
+# Longer than the API may take for a request: a connection that stays silent is a failure and not a slow answer.
+LAST_ANSWERS_TIMEOUT = 30.0
+BODIES = 256
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """What to send. `seconds` is how long new orders are placed; `record` the file for accepted ids, appended to.
+
+    `persistent`: clients with an idempotency key for each order, who repeat a request until it is answered with 201, together
+    `rate` orders a second at the most; `patience` seconds after the end they give up. Otherwise a closed loop: each connection
+    sends the next request when the one before is answered.
+    """
+
+    host: str
+    port: int
+    connections: int
+    seconds: float
+    record: str
+    persistent: bool = False
+    rate: float = 0.0
+    patience: float = 30.0
+    seed: int = 1
+
+
+@dataclass(slots=True)
+class Summary:
+    """What came of it. Times are Unix seconds, latencies milliseconds from the send to the answer."""
+
+    first_sent: float = 0.0
+    last_answered: float = 0.0
+    accepted: int = 0
+    answers: dict[str, int] = field(default_factory=dict)
+    lost_connections: int = 0
+    # Keys whose request never got a 201: the order may or may not exist.
+    unresolved: int = 0
+    # Keys that got two different orders.
+    contradictions: list[str] = field(default_factory=list)
+    latency_p50: float = 0.0
+    latency_p99: float = 0.0
+    latency_max: float = 0.0
+
+    def take_latencies(self, latencies: Sequence[float]) -> None:
+        """Fill in the percentiles, from seconds."""
+        if latencies:
+            ordered = sorted(latencies)
+            at = len(ordered) - 1
+            self.latency_p50 = ordered[at // 2] * 1000
+            self.latency_p99 = ordered[at * 99 // 100] * 1000
+            self.latency_max = ordered[-1] * 1000
+
+
+class Record:
+    """The file of accepted order ids, one a line; each is written before `accepted` returns."""
+
+    def __init__(self, path: str) -> None:
+        self._descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+
+    def accepted(self, order_id: str) -> None:
+        """Note an order for which a 201 has arrived."""
+        os.write(self._descriptor, order_id.encode() + b"\n")
+
+    def close(self) -> None:
+        """Close the file."""
+        os.close(self._descriptor)
+
+
+def order_body(source: random.Random) -> bytes:
+    """A JSON body for POST /orders: any user, 1.00 to 999.99."""
+    user = uuid.UUID(int=source.getrandbits(128), version=4)
+    return json.dumps({"userId": str(user), "amount": f"{source.randint(100, 99_999) / 100:.2f}"}).encode()
+
+
+class ClosedLoop:
+    """As many connections as asked for; on each the next order is sent as soon as the one before is answered."""
+
+    def __init__(self, options: Options) -> None:
+        self._options = options
+        self._address = Address(options.host, options.port)
+        source = random.Random(options.seed)
+        # Encoded beforehand: the generator's work is taken from the program that it measures.
+        self._requests = cycle([post_order(self._address, order_body(source)) for _ in range(BODIES)])
+        self._sent: dict[Exchange, float] = {}
+        self._latencies: list[float] = []
+        self._answers: Counter[str] = Counter()
+        self._lost = 0
+        self._record = Record(options.record)
+        self._end = 0.0
+        self._idle = asyncio.Event()
+
+    async def run(self) -> Summary:
+        """Load for the time asked for, and wait for the last answers. Raises OSError or TimeoutError when nobody listens."""
+        exchanges = [
+            await Exchange.open(self._address, self._ended, timeout=CONNECT_TIMEOUT) for _ in range(self._options.connections)
+        ]
+        summary = Summary(first_sent=time.time())
+        self._end = time.monotonic() + self._options.seconds
+        for exchange in exchanges:
+            self._send(exchange)
+        try:
+            await asyncio.wait_for(self._idle.wait(), self._options.seconds + LAST_ANSWERS_TIMEOUT)
+        except TimeoutError:
+            self._answers["none"] += len(self._sent)
+        summary.last_answered = time.time()
+        for exchange in exchanges:
+            exchange.close()
+        self._record.close()
+        summary.accepted, summary.answers = self._answers["201"], dict(self._answers)
+        summary.lost_connections = self._lost
+        summary.take_latencies(self._latencies)
+        return summary
+
+    def _send(self, exchange: Exchange) -> None:
+        self._sent[exchange] = time.monotonic()
+        exchange.send(next(self._requests))
+
+    def _ended(self, exchange: Exchange, answer: Answer | None) -> None:
+        now = time.monotonic()
+        sent = self._sent.pop(exchange, now)
+        if answer is None:
+            self._lost += 1
+        else:
+            if answer.status == 201:
+                self._record.accepted(answer.order_id)
+                self._latencies.append(now - sent)
+            self._answers[str(answer.status)] += 1
+            if now < self._end:
+                self._send(exchange)
+        if not self._sent:
+            self._idle.set()
+
+
+async def run(options: Options) -> Summary:
+    """Send that load to its end."""
+    if options.persistent:
+        from orderflow.bench.persistent import PersistentClients
+
+        return await PersistentClients(options).run()
+    return await ClosedLoop(options).run()
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Print the Summary as a line of JSON; 1 when the API could not be reached."""
+    text = (sys.argv[1:] if arguments is None else arguments)[0]
+    options = Options(**json.loads(text))
+    loop_factory: Any = None
+    try:
+        import uvloop
+
+        loop_factory = uvloop.new_event_loop
+    except ImportError:
+        pass
+    with asyncio.Runner(loop_factory=loop_factory) as runner:
+        try:
+            summary = runner.run(run(options))
+        except (OSError, TimeoutError) as error:
+            print(f"the load cannot reach {options.host}:{options.port}: {error}", file=sys.stderr)
+            return 1
+    print(json.dumps(asdict(summary)))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

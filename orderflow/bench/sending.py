@@ -1,0 +1,40 @@
+"""Start the load generator and take its summary."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import sys
+from dataclasses import asdict
+from uuid import UUID
+
+from orderflow.bench.load import LAST_ANSWERS_TIMEOUT, Options, Summary
+from orderflow.bench.program import ProgramFailed, environment_of
+
+START_TIMEOUT = 20.0
+
+
+async def send(options: Options) -> Summary:
+    """Run the load generator to its end. Raises ProgramFailed when it fails, or does not end."""
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, "-m", "orderflow.bench.load", json.dumps(asdict(options)),
+        stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE, env=environment_of({}),
+    )  # fmt: skip
+    limit = START_TIMEOUT + options.seconds + options.patience + LAST_ANSWERS_TIMEOUT
+    try:
+        said, complaint = await asyncio.wait_for(process.communicate(), limit)
+    except TimeoutError:
+        raise ProgramFailed(f"the load generator did not end within {limit:.0f} s") from None
+    finally:
+        if process.returncode is None:
+            process.kill()
+            await process.wait()
+    if process.returncode != 0:
+        raise ProgramFailed(f"the load generator failed: {complaint.decode(errors='replace').strip()[-500:]}")
+    return Summary(**json.loads(said))
+
+
+def accepted_ids(record: str) -> list[UUID]:
+    """The orders for which a client holds a 201; a last line that was cut short by a kill is left out."""
+    with open(record, encoding="ascii") as lines:
+        return [UUID(line.strip()) for line in lines if line.endswith("\n")]
