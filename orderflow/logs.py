@@ -86,12 +86,14 @@ class LogWriter:
         """Write one fact, unless it is for the metrics only; never blocks, never raises."""
         if event in METRIC_ONLY:
             return
-        if service == PROCESS:
-            # The texts of errors that nobody foresaw come by this way only, and some quote an address with its password.
+        if service == PROCESS or "error" in fields:
+            # The text of an error that nobody foresaw may quote an address with its password.
             fields = {name: self._masked(value) for name, value in fields.items()}
         self._write(self._format(service, event, fields))
 
     def _masked(self, value: Any) -> Any:
+        if isinstance(value, BaseException):
+            value = _as_text(value)
         if isinstance(value, str):
             for secret in self._secrets:
                 value = value.replace(secret, "***")

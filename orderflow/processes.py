@@ -47,9 +47,7 @@ def child_command(role: Role) -> list[str]:
     return [sys.executable, "-m", "orderflow", "run", "--role", role]
 
 
-async def run_processes(
-    settings: Settings, counts: Mapping[Role, int], *, command: Command = child_command
-) -> int:
+async def run_processes(settings: Settings, counts: Mapping[Role, int], *, command: Command = child_command) -> int:
     """Run `counts` processes of each role until a signal or a spent crash budget ends them.
 
     A process that ends is started again; after a crash only while its budget lasts (`crash_budget` within

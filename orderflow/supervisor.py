@@ -113,9 +113,7 @@ async def supervise(
 
 
 class _Supervisor:
-    def __init__(
-        self, grace: float, new_budget: Callable[[], CrashBudget], on_drain: Callable[[], None], child: bool
-    ) -> None:
+    def __init__(self, grace: float, new_budget: Callable[[], CrashBudget], on_drain: Callable[[], None], child: bool) -> None:
         self._grace = grace
         self._new_budget = new_budget
         self._on_drain = on_drain

@@ -42,7 +42,9 @@ def unit_of(field: str) -> str:
 
 def public_fields() -> Iterator[tuple[str, Any]]:
     """The settings that are people's business: (name, field)."""
-    return ((name, field) for name, field in Settings.model_fields.items() if not field.exclude)
+    return (
+        (name, field) for name, field in Settings.model_fields.items() if not (field.description or "").startswith("internal")
+    )
 
 
 def text_of(value: object) -> str:
@@ -118,9 +120,6 @@ def settings(form: str | None) -> None:
     else:
         table(
             ["setting", "value", "from", "what it is"],
-            [
-                [s.name, f"{s.value} {s.unit}".strip() if s.value else "", s.source, s.description]
-                for s in effective(load())
-            ],
+            [[s.name, f"{s.value} {s.unit}".strip() if s.value else "", s.source, s.description] for s in effective(load())],
             wrap=("value", "what it is"),
         )

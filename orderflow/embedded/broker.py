@@ -5,7 +5,8 @@ only the last 5 MB or 100,000 message sets of each partition, so it never carrie
 no CreateTopics: a topic appears on first use, always with 4 partitions. It chooses its port itself
 (librdkafka has no setting for it, nor for the number of partitions), so the address changes at each start. It
 does not wake a waiting fetch when data arrive: a consumer's `fetch_max_wait_ms` is its latency, 5 is a good
-value here.
+value here. A group that is not new takes the session timeout less one second to rebalance: 1500 ms is a good
+`session_timeout_ms` here.
 """
 
 from __future__ import annotations

@@ -6,6 +6,8 @@ import json
 import os
 import signal
 import socket
+import subprocess
+import sys
 import textwrap
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,7 +18,7 @@ import pytest
 from orderflow.engine.patience import Misconfigured
 from orderflow.processes import child_environment, reserved_port, worker_name
 from orderflow.settings import Settings, load
-from tests.programs import FACTS, Program, alive, end_all, holds
+from tests.programs import FACTS, ROOT, Program, alive, end_all, holds
 
 # A role that says it is up, and behaves on its end as the mode says.
 CHILD = FACTS + textwrap.dedent("""
@@ -93,9 +95,7 @@ def parent(
     counts: dict[str, int], *, modes: dict[str, str] | None = None, loop: str = "asyncio", **settings: str
 ) -> Iterator[Program]:
     environment = {"ORDERFLOW_GRACE_SECONDS": "20", "HTTP_PORT": "0", **settings}
-    with Program(
-        PARENT, CHILD, json.dumps(modes or {}), json.dumps(counts), loop, environment=environment
-    ) as program:
+    with Program(PARENT, CHILD, json.dumps(modes or {}), json.dumps(counts), loop, environment=environment) as program:
         try:
             yield program
         finally:

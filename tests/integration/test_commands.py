@@ -20,10 +20,13 @@ from click.testing import CliRunner, Result
 
 from orderflow.cli import cli
 from orderflow.commands.checks import backlog
+from orderflow.commands.checks import kafka as kafka_checks
 from orderflow.commands.checks import postgres as postgres_checks
-from orderflow.engine.patience import Misconfigured
+from orderflow.engine.kafka import Kafka
 from orderflow.explain import Unknown, story
 from orderflow.settings import load
+
+from tests.servers import Broker
 
 ROOT = Path(__file__).parents[2]
 Command = Callable[..., Awaitable[Result]]
@@ -538,10 +541,36 @@ async def test_the_doctor_on_a_database_without_the_schema(command: Command, con
     assert len(problems) == 2
 
 
-async def test_misconfigured_is_what_a_refused_password_is(command: Command, database_url: str) -> None:
-    assert issubclass(Misconfigured, Exception)
+async def test_a_refused_password_is_not_shown(command: Command, database_url: str) -> None:
     wrong = database_url.replace("app_password", "hunter2")
     result = await command("audit", "--database-url", wrong)
     if result.exit_code:
         assert "refuses user 'app_user'" in result.stderr
         assert "hunter2" not in result.stderr
+
+
+def kafka_at(bootstrap: str, topic: str) -> Kafka:
+    """The cluster, with a topic and a group of the test's own, and short limits."""
+    return Kafka(bootstrap, topic=topic, group=f"group-of-{topic}", timeout=5.0)
+
+
+async def test_the_doctor_reads_the_topic_and_the_lag(kafka: Broker, topic: str) -> None:
+    found = [(check.level, check.seen) for check in await kafka_checks.check(kafka_at(kafka.bootstrap, topic))]
+    assert found[1:] == [
+        ("ok", f"topic {topic}: 4 partitions, 1 replicas"),
+        ("ok", f"group group-of-{topic} is 0 events behind"),
+    ]
+    producer = await kafka_at(kafka.bootstrap, topic).producer()
+    try:
+        await producer.send_and_wait(topic, b"1")
+    finally:
+        await producer.stop()
+    last = (await kafka_checks.check(kafka_at(kafka.bootstrap, topic)))[-1]
+    assert (last.level, last.seen) == ("warning", f"group group-of-{topic} has committed nothing, 1 events wait")
+
+
+async def test_the_doctor_creates_no_topic(kafka: Broker) -> None:
+    missing = f"missing-{uuid4()}"
+    for _ in range(2):
+        last = (await kafka_checks.check(kafka_at(kafka.bootstrap, missing)))[-1]
+        assert (last.level, last.seen) == ("warning", f"topic {missing} does not exist yet")

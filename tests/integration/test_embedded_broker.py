@@ -15,6 +15,7 @@ from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
 
 from orderflow.embedded import broker as broker_module
 from orderflow.embedded.broker import PARTITIONS, EmbeddedBroker
+from orderflow.embedded.broker_main import start_through_the_library
 from orderflow.embedded.errors import AlreadyRunningError, EmbeddedError, ServerDiedError
 from tests.servers import is_gone
 
@@ -32,8 +33,8 @@ def topic() -> str:
 
 async def produce(bootstrap: str, topic: str, *values: bytes) -> None:
     producer = AIOKafkaProducer(bootstrap_servers=bootstrap, acks="all", enable_idempotence=True)
-    await producer.start()
     try:
+        await producer.start()
         for value in values:
             await asyncio.wait_for(producer.send_and_wait(topic, value, key=value), 10)
     finally:
@@ -43,10 +44,10 @@ async def produce(bootstrap: str, topic: str, *values: bytes) -> None:
 async def consume(bootstrap: str, topic: str, group: str, count: int) -> list[bytes]:
     consumer = AIOKafkaConsumer(
         topic, bootstrap_servers=bootstrap, group_id=group, auto_offset_reset="earliest",
-        enable_auto_commit=False, fetch_max_wait_ms=5,
+        enable_auto_commit=False, fetch_max_wait_ms=5, session_timeout_ms=1500, heartbeat_interval_ms=300,
     )  # fmt: skip
-    await consumer.start()
     try:
+        await consumer.start()
         async with asyncio.timeout(20):
             records = [await consumer.getone() for _ in range(count)]
         await consumer.commit()
@@ -66,8 +67,8 @@ async def test_an_idempotent_producer_and_a_group_that_commits(broker: EmbeddedB
 async def test_a_topic_appears_on_first_use_with_four_partitions(broker: EmbeddedBroker, topic: str) -> None:
     await produce(broker.bootstrap, topic, b"x")
     consumer = AIOKafkaConsumer(topic, bootstrap_servers=broker.bootstrap)
-    await consumer.start()
     try:
+        await consumer.start()
         assert consumer.partitions_for_topic(topic) == set(range(PARTITIONS))
         ends = await consumer.end_offsets([TopicPartition(topic, number) for number in range(PARTITIONS)])
         assert sum(ends.values()) == 1
@@ -120,6 +121,15 @@ async def test_one_that_cannot_start_shows_why(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr(broker_module, "MAIN", broken)
     with pytest.raises(ServerDiedError, match=r"exit code 1(.|\n)*no broker today"):
         await EmbeddedBroker(tmp_path).start()
+
+
+async def test_a_wheel_that_keeps_the_library_elsewhere_still_works(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert start_through_the_library(tmp_path) is None
+    other = tmp_path / "main.py"
+    other.write_text(broker_module.MAIN.read_text().replace("librdkafka*", "nothing*"))
+    monkeypatch.setattr(broker_module, "MAIN", other)
+    async with EmbeddedBroker(tmp_path / "broker") as server:
+        await produce(server.bootstrap, "topic", b"x")
 
 
 async def test_without_the_wheel_the_error_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -33,8 +33,8 @@ def real() -> None:
 
 async def produce(server: ApacheKafka, value: bytes) -> None:
     producer = AIOKafkaProducer(bootstrap_servers=server.bootstrap, acks="all", enable_idempotence=True)
-    await producer.start()
     try:
+        await producer.start()
         await asyncio.wait_for(producer.send_and_wait(TOPIC, value), 30)
     finally:
         await producer.stop()
@@ -42,8 +42,8 @@ async def produce(server: ApacheKafka, value: bytes) -> None:
 
 async def first_value(server: ApacheKafka) -> bytes | None:
     consumer = AIOKafkaConsumer(TOPIC, bootstrap_servers=server.bootstrap, auto_offset_reset="earliest")
-    await consumer.start()
     try:
+        await consumer.start()
         record = await asyncio.wait_for(consumer.getone(), 30)
         return record.value
     finally:
@@ -52,8 +52,8 @@ async def first_value(server: ApacheKafka) -> bytes | None:
 
 async def topics(server: ApacheKafka) -> list[str]:
     admin = AIOKafkaAdminClient(bootstrap_servers=server.bootstrap)
-    await admin.start()
     try:
+        await admin.start()
         return list(await admin.list_topics())
     finally:
         await admin.close()
@@ -61,8 +61,8 @@ async def topics(server: ApacheKafka) -> list[str]:
 
 async def create_topic(server: ApacheKafka) -> None:
     admin = AIOKafkaAdminClient(bootstrap_servers=server.bootstrap)
-    await admin.start()
     try:
+        await admin.start()
         await admin.create_topics([NewTopic(TOPIC, 4, 1)])
     finally:
         await admin.close()

@@ -285,16 +285,15 @@ def test_lines_of_processes_that_share_a_pipe_do_not_mix() -> None:
     from orderflow.log_writer import LineWriter
     writer = LineWriter(1, on_dropped=print, on_closed=print)
     for number in range(3000):
-        writer.write(json.dumps({"type": "LINE", "who": sys.argv[1], "number": number, "x": "x" * (number % 900)}).encode() + b"\\n")
+        line = {"type": "LINE", "who": sys.argv[1], "number": number, "x": "x" * (number % 900)}
+        writer.write(json.dumps(line).encode() + b"\\n")
         if number % 100 == 0:
             writer.flush(20)
     assert writer.close(20)
     """
     command = (sys.executable, "-c", FACTS + textwrap.dedent(source))
     reading, writing = os.pipe()
-    writers = [
-        subprocess.Popen((*command, str(who)), cwd=ROOT, stdout=writing, stdin=subprocess.DEVNULL) for who in range(3)
-    ]
+    writers = [subprocess.Popen((*command, str(who)), cwd=ROOT, stdout=writing, stdin=subprocess.DEVNULL) for who in range(3)]
     os.close(writing)
     with os.fdopen(reading, "rb") as stream:
         lines = [json.loads(line) for line in stream]
@@ -341,13 +340,14 @@ def test_no_password_reaches_the_log(pipe: Pipe) -> None:
     assert set(secrets_of(settings)) == {"s%20ecret", "s ecret", "other", "k4fka"}
     log = LogWriter(JsonFormat(), line_writer(pipe.writing), secrets_of(settings))
     log.take(PROCESS, "ROLE_CRASHED", {"error": "bad DSN postgresql://me:s%20ecret@db/x (s ecret, other, k4fka)"})
+    log.take(WORKER, "PROCESSING_ERROR", {"error": ConnectionError("k4fka")})
     assert log.close()
-    assert json.loads(pipe.read_all())["error"] == "bad DSN postgresql://me:***@db/x (***, ***, ***)"
+    first, second = map(json.loads, pipe.read_all().splitlines())
+    assert first["error"] == "bad DSN postgresql://me:***@db/x (***, ***, ***)"
+    assert second["error"] == "***"
 
 
-def test_a_library_s_warning_is_a_fact(
-    warnings: logging.Logger, facts: list[tuple[str, str, dict[str, Any]]]
-) -> None:
+def test_a_library_s_warning_is_a_fact(warnings: logging.Logger, facts: list[tuple[str, str, dict[str, Any]]]) -> None:
     warnings.info("not shown")
     try:
         raise ValueError("cause")
@@ -441,6 +441,7 @@ def test_a_terminal_gets_colours_and_a_pipe_gets_json() -> None:
     emit(PROCESS, "STARTUP", message="ready")
     log.close()
     """
+
     def output(log_format: str, descriptor: int) -> None:
         command = (sys.executable, "-c", FACTS + textwrap.dedent(source), log_format)
         subprocess.run(command, cwd=ROOT, stdout=descriptor, timeout=20, check=True)

@@ -58,10 +58,12 @@ def test_what_is_encoded_decodes_to_the_same(message: Message) -> None:
 
 @given(messages)
 def test_a_payload_as_text_is_carried_as_it_stands(message: Message) -> None:
-    as_stored = Message(**{
-        **{name: getattr(message, name) for name in Message.__slots__},
-        "payload": orjson.dumps(message.payload).decode(),
-    })
+    as_stored = Message(
+        **{
+            **{name: getattr(message, name) for name in Message.__slots__},
+            "payload": orjson.dumps(message.payload).decode(),
+        }
+    )
     assert as_stored.encode() == message.encode()
 
 

@@ -46,9 +46,7 @@ def value(metrics: Metrics, name: str, **labels: str) -> float | None:
         ("ROLE_CRASHED", {"role": "worker"}, "orderflow_role_crashes_total", {"role": "worker"}),
     ],
 )
-def test_a_fact_is_counted(
-    metrics: Metrics, event: str, fields: dict[str, Any], name: str, labels: dict[str, str]
-) -> None:
+def test_a_fact_is_counted(metrics: Metrics, event: str, fields: dict[str, Any], name: str, labels: dict[str, str]) -> None:
     for _ in range(3):
         emit(WORKER, event, **fields)
     assert value(metrics, name, **labels) == 3

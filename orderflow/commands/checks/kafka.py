@@ -15,7 +15,9 @@ from orderflow.engine.kafka import Kafka, bounded
 
 ABOUT = "kafka"
 # The number of a protocol request that a release of Apache Kafka was the first to answer.
-_SIGNS = ((68, "4.0 or later"), (60, "2.8 or later"), (42, "2.4 or later"), (36, "1.0 or later"))
+_SIGNS = ((68, "3.7 or later"), (60, "2.8 or later"), (42, "2.4 or later"), (36, "1.0 or later"))
+# Kafka 4.0 no longer answers the versions of a fetch before this one.
+_FETCH, _FETCH_OF_4_0 = 1, 4
 LAG_TOLERANCE = 10_000
 
 
@@ -29,13 +31,14 @@ async def check(kafka: Kafka) -> list[Check]:
         await asyncio.wait_for(client.bootstrap(), LIMIT)
         async with asyncio.timeout(LIMIT):
             checks = [await _brokers(kafka, client)]
-            topic = _topic(kafka, await client.fetch_all_metadata())
+            # With every topic: to ask for one by its name can create it.
+            cluster = await client.fetch_all_metadata()
     except (KafkaError, OSError, TimeoutError) as error:
         return [_unreachable(kafka, error)]
     finally:
         await bounded(client.close(), 2.0)
-    checks.extend(topic)
-    partitions = client.cluster.partitions_for_topic(kafka.topic)
+    checks.extend(_topic(kafka, cluster))
+    partitions = cluster.partitions_for_topic(kafka.topic)
     if partitions:
         checks.append(await _lag(kafka, options, sorted(partitions)))
     return checks
@@ -60,7 +63,9 @@ async def _brokers(kafka: Kafka, client: AIOKafkaClient) -> Check:
 async def _version(client: AIOKafkaClient) -> str:
     """The release by what the broker can answer: no request of the protocol asks for its name."""
     connection = await client._get_conn(client.get_random_node())
-    answered: dict[int, Any] = getattr(connection, "_versions", {})
+    answered: dict[int, tuple[int, int]] = getattr(connection, "_versions", {})
+    if answered.get(_FETCH, (0, 0))[0] >= _FETCH_OF_4_0:
+        return "Kafka 4.0 or later"
     return next((f"Kafka {release}" for key, release in _SIGNS if key in answered), "an old Kafka")
 
 
@@ -70,10 +75,9 @@ def _topic(kafka: Kafka, cluster: Any) -> list[Check]:
         return [
             warning(ABOUT, f"topic {kafka.topic} does not exist yet", "the first `orderflow run` creates it")
         ]
-    replicas = min(
-        (len(found.replicas) for found in (cluster.partition_metadata(kafka.topic, p) for p in partitions) if found),
-        default=0,
-    )  # fmt: skip
+    # The client knows each partition's replicas and has no method that tells them.
+    known: dict[int, Any] = getattr(cluster, "_partitions", {}).get(kafka.topic, {})
+    replicas = min((len(partition.replicas) for partition in known.values()), default=0)
     leaderless = [
         p for p in partitions if cluster.leader_for_partition(TopicPartition(kafka.topic, p)) in (None, -1)
     ]
