@@ -79,8 +79,7 @@ def services(settings: Settings, roles: Sequence[Role], health: Health, totals: 
         chosen.append(relay_of(settings, kafka, woken, health))
         chosen.append(Janitor(opener(settings, "janitor", timeout=JANITOR_TIMEOUT_SECONDS), horizon=settings.reconcile_seconds))
     if "worker" in roles:
-        chosen.append(worker_of(settings, kafka, health))
-        chosen.append(_MetricsLine(settings, totals))
+        chosen.append(_MeasuredWorker(worker_of(settings, kafka, health), settings, totals))
     chosen.append(Probes(health, settings.kafka_bootstrap_servers, None if "api" in roles else settings.database_url))
     return chosen
 
@@ -152,17 +151,23 @@ def opener(settings: Settings, role: str, *, timeout: float | None = None) -> Ca
     return open_database
 
 
-class _MetricsLine:
-    """The METRICS line of this process's worker."""
+class _MeasuredWorker:
+    """The worker role and its METRICS line, whose last one comes after the drain."""
 
-    name = "metrics"
+    name = "worker"
 
-    def __init__(self, settings: Settings, totals: metrics.Totals) -> None:
+    def __init__(self, worker: Worker, settings: Settings, totals: metrics.Totals) -> None:
+        self._worker = worker
         self._settings = settings
         self._totals = totals
 
     async def run(self, stopping: asyncio.Event) -> None:
-        await metrics.metrics_line(self._settings, self._totals, stopping)
+        line = asyncio.create_task(metrics.metrics_line(self._settings, self._totals, asyncio.Event()))
+        try:
+            await self._worker.run(stopping)
+        finally:
+            line.cancel()
+            await asyncio.gather(line, return_exceptions=True)
 
 
 if sys.platform == "win32":  # pragma: no cover

@@ -160,9 +160,7 @@ I5 = Invariant(
 )
 
 # Since when an order is not terminal: since it was placed, or, when a redrive took it back, since then.
-NON_TERMINAL_SINCE = (
-    "CASE WHEN version <= 2 THEN created_at ELSE coalesce(entered_at[version], updated_at) END"
-)
+NON_TERMINAL_SINCE = "CASE WHEN version <= 2 THEN created_at ELSE coalesce(entered_at[version], updated_at) END"
 
 I6 = Invariant(
     "I6",
@@ -221,13 +219,9 @@ async def audit(
             if invariant is I7 and ids is None:
                 finding = Finding(invariant.name, invariant.text, 0, 0, not_checked=NO_RECORD)
             else:
-                row = await connection.fetchrow(
-                    statement(invariant), retry_horizon, reconcile_horizon, ids, timeout=timeout
-                )
+                row = await connection.fetchrow(statement(invariant), retry_horizon, reconcile_horizon, ids, timeout=timeout)
                 assert row is not None
-                finding = Finding(
-                    invariant.name, invariant.text, row["checked"], row["violations"], list(row["examples"])
-                )
+                finding = Finding(invariant.name, invariant.text, row["checked"], row["violations"], list(row["examples"]))
             findings.append(finding)
             checked(finding)
     return findings

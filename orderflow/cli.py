@@ -79,9 +79,7 @@ class Program(click.Group):
                 return command
         return None
 
-    def resolve_command(
-        self, ctx: click.Context, args: list[str]
-    ) -> tuple[str | None, click.Command | None, list[str]]:
+    def resolve_command(self, ctx: click.Context, args: list[str]) -> tuple[str | None, click.Command | None, list[str]]:
         """As click does it, with the nearest name when there is no such command."""
         if args and not args[0].startswith("-") and args[0] not in self.list_commands(ctx):
             near = nearest(args[0], self.list_commands(ctx))

@@ -67,9 +67,7 @@ SELECT event_id, event_type, reason, failed_at, worker_id, attempts, discarded_a
 FROM dead_letter_events WHERE aggregate_id = $1 ORDER BY failed_at
 """
 
-_CHARGES = (
-    "SELECT id, amount, status, created_at FROM gateway_charges WHERE reference = $1 ORDER BY created_at"
-)
+_CHARGES = "SELECT id, amount, status, created_at FROM gateway_charges WHERE reference = $1 ORDER BY created_at"
 
 
 async def story(connection: Connection, order_id: UUID) -> Story:
@@ -139,13 +137,9 @@ def _events(rows: list[asyncpg.Record]) -> Iterator[Entry]:
             again = f"attempt {row['attempt']}" if row["attempt"] > 1 else ""
             yield Entry(row["published_at"], "publish", f"{kind} published", again, event_id)
         elif row["available_at"] is not None and _is_finite(row["available_at"]):
-            yield Entry(
-                row["available_at"], "due", f"{kind} due again", f"attempt {row['attempt']}", event_id
-            )
+            yield Entry(row["available_at"], "due", f"{kind} due again", f"attempt {row['attempt']}", event_id)
         if row["processed_at"] is not None:
-            yield Entry(
-                row["processed_at"], "delivery", f"{kind} processed", f"by {row['worker_id']}", event_id
-            )
+            yield Entry(row["processed_at"], "delivery", f"{kind} processed", f"by {row['worker_id']}", event_id)
 
 
 def _is_finite(at: datetime) -> bool:
@@ -173,13 +167,9 @@ def _dead_letters(rows: list[asyncpg.Record]) -> Iterator[Entry]:
     for row in rows:
         by = f" (by {row['worker_id']})" if row["worker_id"] else ""
         what = row["event_type"] or "a record"
-        yield Entry(
-            row["failed_at"], "dead letter", f"{what} buried", f"{row['reason']}{by}", row["event_id"]
-        )
+        yield Entry(row["failed_at"], "dead letter", f"{what} buried", f"{row['reason']}{by}", row["event_id"])
         if row["discarded_at"] is not None:
-            yield Entry(
-                row["discarded_at"], "discard", f"{what} discarded", row["discard_reason"], row["event_id"]
-            )
+            yield Entry(row["discarded_at"], "discard", f"{what} discarded", row["discard_reason"], row["event_id"])
 
 
 def _charges(rows: list[asyncpg.Record]) -> Iterator[Entry]:

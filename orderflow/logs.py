@@ -10,7 +10,7 @@ import logging
 import os
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Final
 from urllib.parse import unquote, urlsplit
 
@@ -29,6 +29,7 @@ METRIC_ONLY: Final = frozenset({"EVENT_PROCESSED", "PAYMENT_GIVEN_UP"})
 
 REPEAT_SECONDS: Final = 10.0
 MOST_REMEMBERED: Final = 1000
+SHORTEST_SECRET: Final = 6
 
 # What aiokafka says whenever a group or a topic is young; it goes on by itself each time.
 EXPECTED: Final = (
@@ -54,7 +55,7 @@ def install(settings: Settings, *, descriptor: int = 1, limit: int = LIMIT_BYTES
     log = LogWriter(
         ConsoleFormat(terminal if color is None else color) if as_console else JsonFormat(),
         LineWriter(descriptor, limit=limit, on_dropped=_say_dropped, on_closed=_drain),
-        secrets_of(settings),
+        masks_for(settings),
     )
     telemetry.subscribe(log.take)
     handler = LibraryWarnings()
@@ -76,11 +77,11 @@ def _drain() -> None:
 class LogWriter:
     """The telemetry subscriber that turns facts into lines."""
 
-    def __init__(self, format_line: Format, lines: LineWriter, secrets: tuple[str, ...] = ()) -> None:
+    def __init__(self, format_line: Format, lines: LineWriter, masks: Mapping[str, str] | None = None) -> None:
         self._format = format_line
         self._lines = lines
         self._write = lines.write
-        self._secrets = secrets
+        self._masks = masks or {}
 
     def take(self, service: str, event: str, fields: dict[str, Any]) -> None:
         """Write one fact, unless it is for the metrics only; never blocks, never raises."""
@@ -95,8 +96,8 @@ class LogWriter:
         if isinstance(value, BaseException):
             value = _as_text(value)
         if isinstance(value, str):
-            for secret in self._secrets:
-                value = value.replace(secret, "***")
+            for secret, mask in self._masks.items():
+                value = value.replace(secret, mask)
         return value
 
     def flush(self, timeout: float = 1.0) -> bool:
@@ -108,14 +109,15 @@ class LogWriter:
         return self._lines.close(timeout)
 
 
-def secrets_of(settings: Settings) -> tuple[str, ...]:
-    """Every password in the settings, as it is written there and decoded."""
-    found = {settings.kafka_password}
+def masks_for(settings: Settings) -> dict[str, str]:
+    """What to show for what: every password in the settings, as written there and decoded; a short one only in a URL."""
+    found = {settings.kafka_password or ""}
     for url in (settings.database_url, settings.database_direct_url):
-        password = urlsplit(url).password if url else None
-        if password:
-            found |= {password, unquote(password)}
-    return tuple(sorted((secret for secret in found if secret), key=len, reverse=True))
+        password = (urlsplit(url).password if url else None) or ""
+        found |= {password, unquote(password)}
+    # Masked everywhere, the password "b" would make riddles of all texts, and be told by what is missing from them.
+    masks = {f":{secret}@": ":***@" for secret in found if secret}
+    return masks | {secret: "***" for secret in sorted(found, key=len, reverse=True) if len(secret) >= SHORTEST_SECRET}
 
 
 class JsonFormat:

@@ -166,6 +166,7 @@ class Totals:
         self.payments_failed = 0
         self.retried_events = 0
         self.dlq_events = 0
+        self.said: dict[str, int] = {}
 
     def take(self, _service: str, event: str, fields: dict[str, Any]) -> None:
         """Count one fact; a telemetry subscriber."""
@@ -196,12 +197,21 @@ class Totals:
 
 
 async def metrics_line(settings: Settings, totals: Totals, stopping: asyncio.Event) -> None:
-    """Emit METRICS every `metrics_interval_seconds`, and once more when `stopping` is set or the task is cancelled."""
+    """Emit METRICS every `metrics_interval_seconds`, and once more when `stopping` is set or the task is cancelled.
+
+    The last line is left out when it would repeat the one before: a worker that waits for its servers ends often.
+    """
+
+    def say() -> None:
+        totals.said = totals.fields()
+        emit(WORKER, "METRICS", workerId=settings.worker_id, **totals.said)
+
     try:
         while not stopping.is_set():
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(stopping.wait(), settings.metrics_interval_seconds)
             if not stopping.is_set():
-                emit(WORKER, "METRICS", workerId=settings.worker_id, **totals.fields())
+                say()
     finally:
-        emit(WORKER, "METRICS", workerId=settings.worker_id, **totals.fields())
+        if totals.fields() != totals.said:
+            say()

@@ -18,7 +18,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Final, get_args
+from typing import Any, Final
 
 from orderflow.engine.patience import Misconfigured
 from orderflow.engine.telemetry import PROCESS, emit
@@ -82,11 +82,10 @@ class _Slot:
 
 def child_environment(settings: Settings, *, port: int, metrics: str) -> dict[str, str]:
     """Our own environment, and in it every setting: on a command line `ps` would show the passwords."""
-    # A field that the contract fixes (`Literal[3]`) has one possible value, and refuses even that as a text.
     ours = {
         environment_name(name): _as_text(value)
-        for name, field in Settings.model_fields.items()
-        if (value := getattr(settings, name)) is not None and get_args(field.annotation) != (value,)
+        for name in Settings.model_fields
+        if (value := getattr(settings, name)) is not None
     }
     ours |= {
         environment_name("http_port"): str(port),

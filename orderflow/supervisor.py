@@ -161,14 +161,12 @@ class _Supervisor:
                 self._fail(str(error), MISCONFIGURED if self._child else FAILED)
                 return
             failures = 1 if loop.time() - started > STEADY_SECONDS else failures + 1
-            if is_transient(error) and not self._stopping.is_set():
+            if is_transient(error):
                 waiting.say(error)
             else:
                 waiting.over()
                 emit(PROCESS, "ROLE_CRASHED", role=service.name, error=described(error), at=place_of(error))
-                if self._stopping.is_set():
-                    return
-                if not budget.allows_restart(loop.time()):
+                if not self._stopping.is_set() and not budget.allows_restart(loop.time()):
                     self._fail(f"{service.name} crashed too often; the last error: {described(error)}", FAILED)
                     return
             if await self._stopped_within(restart_delay(failures)):

@@ -28,7 +28,7 @@ from orderflow.embedded.kafka import ApacheKafka
 from orderflow.embedded.postgres import EmbeddedPostgres
 from orderflow.engine import telemetry
 from orderflow.engine.dead_letters import Place
-from orderflow.engine.executor import Handler, Record
+from orderflow.engine.executor import Executor, Handler, Record
 from orderflow.engine.ids import new_id
 from orderflow.engine.kafka import Kafka
 from orderflow.engine.message import Message
@@ -36,7 +36,8 @@ from orderflow.engine.postgres import Database
 from orderflow.engine.retry import RetryPolicy
 from orderflow.engine.worker import Worker
 from orderflow.orders import store as orders
-from orderflow.payments.gateway import Charge, ChargeRequest
+from orderflow.payments.gateway import Charge, ChargeRequest, Gateway
+from orderflow.payments.handlers import ChargeHandler
 from orderflow.settings import Settings
 from orderflow.supervisor import Service
 from tests.servers import Broker, cloned_database
@@ -172,6 +173,23 @@ def worker_with(
 
     changes = {"commit_interval": 0.05, **changes}
     return Worker(opening(url), kafka, made, policy, worker_id=worker_id, started=started, **changes)
+
+
+@asynccontextmanager
+async def executing(
+    url: str, gateway: Gateway | None = None, *, handlers: Mapping[str, Handler] | None = None, worker_id: str = "payment-worker-1",
+    policy: RetryPolicy = QUICK, timeout: float = 5.0,
+) -> AsyncIterator[Executor]:  # fmt: skip
+    """An executor with the payment's handler and this gateway, or with the handlers given."""
+    async with opened(url, size=8) as database:
+        charge = ChargeHandler(database, gateway or FakeGateway(), worker_id=worker_id, timeout=timeout)
+        chosen = {"OrderCreated": charge} if handlers is None else handlers
+        executor = Executor(database, chosen, policy, worker_id=worker_id)
+        try:
+            yield executor
+        finally:
+            await executor.close()
+            await charge.close()
 
 
 class FakeGateway:

@@ -9,7 +9,7 @@ from pathlib import Path
 from orderflow.bench import latency, reference, startup, throughput
 from orderflow.bench.figures import Figure, best_of
 from orderflow.bench.servers import Servers
-from orderflow.bench.throughput import ONE_PROCESS, SPLITS, THREE_PROCESSES, Audited, Throughput
+from orderflow.bench.throughput import ONE_PROCESS, SPLITS, Audited, Throughput
 
 NAMES: dict[str, str] = {
     "B": "reference: pgbench, one order's five transactions step by step",
@@ -89,7 +89,7 @@ class Suite:
                 await steps[name]()
         figures = [self._b, *self._e1.values()]
         if "E1" in self._names:
-            figures.append(best_of("E1", "the better split of each round", list(self._e1.values())))
+            figures.append(best_of("E1", list(self._e1.values())))
         figures += [*([self._e4] if self._e4 else []), *self._l1, *self._s1]
         self.results.figures = [figure for figure in figures if figure.values]
         return self.results
@@ -140,6 +140,3 @@ class Suite:
         self._say("S1, start")
         self._s1[0].values.append(await startup.seconds_to_ready(self._servers, self._directory))
         self._s1[1].values.append(await startup.seconds_to_help())
-
-
-__all__ = ["NAMES", "THREE_PROCESSES", "Extent", "Results", "Suite", "with_needed"]

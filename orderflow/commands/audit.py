@@ -94,9 +94,7 @@ def accepted_ids(lines: TextIO) -> list[UUID]:
                 ids.append(UUID(text))
             except ValueError:
                 wrong = f"line {number} is not a UUID: {text[:80]!r}"
-                raise click.BadParameter(
-                    wrong, click.get_current_context(), param_hint="--accepted"
-                ) from None
+                raise click.BadParameter(wrong, click.get_current_context(), param_hint="--accepted") from None
     return ids
 
 

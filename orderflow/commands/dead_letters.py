@@ -90,9 +90,7 @@ def show(event_id: UUID, as_json: bool, database_url: str | None) -> None:
 
     found = with_database(database_url, work)
     if not found:
-        raise click.ClickException(
-            f"there is no dead letter {event_id}: `orderflow dead-letters list` shows them"
-        )
+        raise click.ClickException(f"there is no dead letter {event_id}: `orderflow dead-letters list` shows them")
     letter = found[0]
     if as_json:
         print_json(_public(letter))
@@ -129,9 +127,7 @@ def show(event_id: UUID, as_json: bool, database_url: str | None) -> None:
 @yes_option
 @as_json_option
 @database_option
-def redrive(
-    event_ids: tuple[UUID, ...], everything: bool, yes: bool, as_json: bool, database_url: str | None
-) -> int:
+def redrive(event_ids: tuple[UUID, ...], everything: bool, yes: bool, as_json: bool, database_url: str | None) -> int:
     """Give dead letters fresh attempts.
 
     A technically failed order goes back to PAYMENT_PENDING; a declined one stays FAILED.
@@ -153,9 +149,7 @@ def redrive(
 @yes_option
 @as_json_option
 @database_option
-def discard(
-    event_ids: tuple[UUID, ...], reason: str, yes: bool, as_json: bool, database_url: str | None
-) -> int:
+def discard(event_ids: tuple[UUID, ...], reason: str, yes: bool, as_json: bool, database_url: str | None) -> int:
     """Close dead letters for good. They are kept, with the reason."""
     if not reason.strip() or "\0" in reason:
         raise click.UsageError("--reason: say why in some words", click.get_current_context())

@@ -44,9 +44,7 @@ def doctor(as_json: bool, database_url: str | None, kafka_bootstrap_servers: str
 
 async def examine(settings: Settings) -> list[Check]:
     """Ask everything, both servers at the same time; never raises for what they answer, or do not."""
-    database, kafka = await asyncio.gather(
-        _bounded("postgresql", _database(settings)), _bounded("kafka", _kafka(settings))
-    )
+    database, kafka = await asyncio.gather(_bounded("postgresql", _database(settings)), _bounded("kafka", _kafka(settings)))
     return [*configuration.check(settings), *database, *kafka]
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from dotenv import dotenv_values
 
+import orderflow
 from orderflow.settings import Settings, environment_name
 
 PREFIX = "ORDERFLOW_"
@@ -36,20 +37,23 @@ def unknown(where: Mapping[str, str]) -> dict[str, str]:
     # Compared without the prefix: it is a large part of a short name, and would make everything look alike.
     known = {name.removeprefix(PREFIX): name for name in names().values()}
     ours = sorted(
-        name
-        for name in where
-        if name.startswith(PREFIX) and not name.startswith(TESTS) and name not in known.values()
+        name for name in where if name.startswith(PREFIX) and not name.startswith(TESTS) and name not in known.values()
     )
     near = {name: difflib.get_close_matches(name.removeprefix(PREFIX), list(known), 1, 0.7) for name in ours}
     return {name: known[found[0]] if found else "" for name, found in near.items()}
 
 
-def child_environment(changes: Mapping[str, str]) -> dict[str, str]:
-    """The environment for a process of ours that is started with settings of its own: none of this one's reach it."""
+def child_environment(changes: Mapping[str, str], *, inherit: bool = False) -> dict[str, str]:
+    """The environment for a process of ours that is started with settings of its own.
+
+    None of this process's settings reach it unless `inherit`; then they do where `changes` has no other value. The child
+    finds this same orderflow, wherever it is started.
+    """
     ours = set(names().values())
     kept = {
         name: value
         for name, value in os.environ.items()
-        if name.upper() not in ours and not name.upper().startswith(PREFIX)
+        if inherit or (name.upper() not in ours and not name.upper().startswith(PREFIX))
     }
-    return kept | dict(changes)
+    path = [str(Path(orderflow.__file__).parents[1]), *filter(None, [kept.get("PYTHONPATH")])]
+    return kept | dict(changes) | {"PYTHONPATH": os.pathsep.join(path)}

@@ -33,9 +33,7 @@ def events() -> None:
 
 @events.command()
 @click.option("--order", "order_id", type=identifier, metavar="ID", help="The events of this order.")
-@click.option(
-    "--since", type=moment_or_ago, metavar="TIME", help="Created since then: ISO 8601, or 2h (ago)."
-)
+@click.option("--since", type=moment_or_ago, metavar="TIME", help="Created since then: ISO 8601, or 2h (ago).")
 @click.option("--until", type=moment_or_ago, metavar="TIME", help="Created before then.")
 @click.option("--type", "event_type", metavar="TYPE", help="Events of this type, such as OrderCreated.")
 @click.option("--dry-run", is_flag=True, help="Only count them.")
@@ -58,9 +56,7 @@ def replay(
     consumers of yours, and for what Kafka has lost. Dead letters are not among them: redrive those.
     """
     if order_id is None and since is None and until is None and event_type is None:
-        raise click.UsageError(
-            "give at least one of --order, --since, --until, --type", click.get_current_context()
-        )
+        raise click.UsageError("give at least one of --order, --since, --until, --type", click.get_current_context())
     if since is not None and until is not None and since >= until:
         raise click.UsageError("--since is not before --until", click.get_current_context())
 
@@ -118,8 +114,4 @@ def _report(types: Counter[str], replayed: int, dry_run: bool, as_json: bool) ->
         click.echo("no event matches")
         return
     table(["type", "events"], sorted(types.items()), right=("events",))
-    click.echo(
-        f"{matched} events match; nothing was changed"
-        if dry_run
-        else f"{replayed} events will be published again"
-    )
+    click.echo(f"{matched} events match; nothing was changed" if dry_run else f"{replayed} events will be published again")

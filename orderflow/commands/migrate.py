@@ -15,9 +15,7 @@ from orderflow.settings import load
 
 
 @click.command()
-@click.option(
-    "--wait", type=click.FloatRange(0), default=0.0, metavar="SECONDS", help="Wait so long for the server."
-)
+@click.option("--wait", type=click.FloatRange(0), default=0.0, metavar="SECONDS", help="Wait so long for the server.")
 @as_json_option
 @database_option
 def migrate(wait: float, as_json: bool, database_url: str | None) -> None:

@@ -30,16 +30,12 @@ def orders() -> None:
 
 
 @orders.command("list")
-@click.option(
-    "--state", type=click.Choice(list(State), case_sensitive=False), help="Only orders in this state."
-)
+@click.option("--state", type=click.Choice(list(State), case_sensitive=False), help="Only orders in this state.")
 @click.option("--after", type=identifier, metavar="ID", help="Go on after this order, the last of a listing.")
 @limit_option
 @as_json_option
 @database_option
-def list_orders(
-    state: State | None, after: UUID | None, limit: int, as_json: bool, database_url: str | None
-) -> None:
+def list_orders(state: State | None, after: UUID | None, limit: int, as_json: bool, database_url: str | None) -> None:
     """Orders, newest first."""
 
     async def work(database: Database) -> list[Order]:
@@ -51,10 +47,7 @@ def list_orders(
         return
     table(
         ["id", "state", "version", "amount", "created", "took", "user"],
-        [
-            [o.id, o.state.value, o.version, o.amount, o.created_at, o.updated_at - o.created_at, o.user_id]
-            for o in found
-        ],
+        [[o.id, o.state.value, o.version, o.amount, o.created_at, o.updated_at - o.created_at, o.user_id] for o in found],
         right=("version", "amount", "took"),
         empty="no orders" if state is None else f"no orders in {state.value}",
     )

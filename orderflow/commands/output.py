@@ -121,9 +121,7 @@ def table(
         show_edge=False,
         header_style="bold" if terminal else "",
     )
-    least = [
-        min(width, NARROWEST) if name in wrap else width for name, width in zip(columns, widths, strict=True)
-    ]
+    least = [min(width, NARROWEST) if name in wrap else width for name, width in zip(columns, widths, strict=True)]
     for name, width, narrowest in zip(columns, widths, least, strict=True):
         grid.add_column(
             name,

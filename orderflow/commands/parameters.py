@@ -48,9 +48,7 @@ def moment_or_ago(value: str | datetime) -> datetime:
 
 as_json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
 yes_option = click.option("--yes", "-y", is_flag=True, help="Do not ask.")
-limit_option = click.option(
-    "--limit", type=click.IntRange(1, 100_000), default=50, show_default=True, help="Rows at the most."
-)
+limit_option = click.option("--limit", type=click.IntRange(1, 100_000), default=50, show_default=True, help="Rows at the most.")
 
 
 def database_option(command: F) -> F:
@@ -60,9 +58,9 @@ def database_option(command: F) -> F:
 
 def kafka_option(command: F) -> F:
     """`--kafka`, which reaches the command as `kafka_bootstrap_servers`."""
-    return click.option(
-        "--kafka", "kafka_bootstrap_servers", metavar="HOST:PORT,...", help="Kafka [KAFKA_BOOTSTRAP_SERVERS]."
-    )(command)
+    return click.option("--kafka", "kafka_bootstrap_servers", metavar="HOST:PORT,...", help="Kafka [KAFKA_BOOTSTRAP_SERVERS].")(
+        command
+    )
 
 
 def log_format_option(command: F) -> F:

@@ -12,9 +12,7 @@ PORT = click.IntRange(0, 65535)
 
 
 @click.command()
-@click.option(
-    "--role", "roles", type=click.Choice(ROLES), multiple=True, help="Only this role; may be given again."
-)
+@click.option("--role", "roles", type=click.Choice(ROLES), multiple=True, help="Only this role; may be given again.")
 @click.option("--api", type=COUNT, metavar="N", help="Processes of the API; they share one port.")
 @click.option("--publisher", type=COUNT, metavar="N", help="Processes of the publisher.")
 @click.option("--worker", type=COUNT, metavar="N", help="Processes of the worker.")

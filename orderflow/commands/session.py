@@ -47,9 +47,7 @@ async def opened(settings: Settings, *, statement_seconds: float = 30.0) -> Asyn
         await database.close()
 
 
-def with_database(
-    database_url: str | None, work: Callable[[Database], Awaitable[R]], *, statement_seconds: float = 30.0
-) -> R:
+def with_database(database_url: str | None, work: Callable[[Database], Awaitable[R]], *, statement_seconds: float = 30.0) -> R:
     """Run `work` against the database that flag, environment or `.env` names, and return what it returns.
 
     Raises SettingsError, DependencyUnavailable or Misconfigured.

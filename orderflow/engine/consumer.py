@@ -7,19 +7,21 @@ delivered again to its next owner, and processed_events decides between the two.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable, Coroutine, Iterable
+from typing import Any, TypeVar
 
 from aiokafka import AIOKafkaConsumer, ConsumerRebalanceListener, TopicPartition
 from aiokafka.errors import CommitFailedError, IllegalStateError, KafkaError
 from aiokafka.structs import ConsumerRecord
 
-from orderflow.engine.executor import Record
 from orderflow.engine.dead_letters import Place
+from orderflow.engine.executor import Record
 from orderflow.engine.kafka import Kafka, bounded
 from orderflow.engine.scheduler import KeyScheduler
 from orderflow.engine.telemetry import WORKER, emit
 from orderflow.engine.watermark import Watermark
 
+R = TypeVar("R")
 Item = tuple[TopicPartition, Watermark, ConsumerRecord]
 
 
@@ -58,31 +60,40 @@ class Consumer(ConsumerRebalanceListener):  # type: ignore[misc]
 
         Raises DependencyUnavailable when Kafka is lost, and whatever `execute` raises.
         """
-        await self._kafka.ensure_topic()
-        consumer = self._consumer = await self._kafka.consumer(self, client_id=self._client_id)
-        self._started()
-        committer = asyncio.create_task(self._commit_now_and_then(consumer))
         interrupt = asyncio.create_task(_first(stopping, self._failed))
         try:
+            consumer = await _unless(interrupt, self._join())
+            if consumer is not None:
+                await self._consume(consumer, stopping, interrupt)
+        except KafkaError as error:
+            raise self._kafka.unavailable(error) from error
+        finally:
+            interrupt.cancel()
+            await asyncio.gather(interrupt, return_exceptions=True)
+
+    async def _join(self) -> AIOKafkaConsumer:
+        await self._kafka.ensure_topic()
+        return await self._kafka.consumer(self, client_id=self._client_id)
+
+    async def _consume(
+        self, consumer: AIOKafkaConsumer, stopping: asyncio.Event, interrupt: asyncio.Task[None]
+    ) -> None:
+        self._consumer = consumer
+        self._started()
+        committer = asyncio.create_task(self._commit_now_and_then(consumer))
+        try:
             while not stopping.is_set() and self._failure is None:
-                fetch = asyncio.create_task(consumer.getmany(timeout_ms=500, max_records=1000))
-                await asyncio.wait((fetch, interrupt), return_when=asyncio.FIRST_COMPLETED)
-                if not fetch.done():
-                    fetch.cancel()
-                    break
-                for partition, records in fetch.result().items():
+                fetched = await _unless(interrupt, consumer.getmany(timeout_ms=500, max_records=1000))
+                for partition, records in (fetched or {}).items():
                     self._take(consumer, partition, records)
                 if committer.done():
                     committer.result()
             if self._failure is not None:
                 raise self._failure
             await self._scheduler.drain(self._drain_timeout)
-        except KafkaError as error:
-            raise self._kafka.unavailable(error) from error
         finally:
-            for task in (interrupt, committer):
-                task.cancel()
-            await asyncio.gather(interrupt, committer, return_exceptions=True)
+            committer.cancel()
+            await asyncio.gather(committer, return_exceptions=True)
             await self._scheduler.cancel()
             await bounded(self._commit(consumer), 2.0)
             await bounded(consumer.stop(), 3.0)
@@ -164,6 +175,18 @@ class Consumer(ConsumerRebalanceListener):  # type: ignore[misc]
         for partition in assigned:
             self._watermarks[partition] = Watermark()
         emit(WORKER, "ASSIGNED", partitions=partitions)
+
+
+async def _unless(interrupt: asyncio.Task[None], work: Coroutine[Any, Any, R]) -> R | None:
+    """The result of `work`, or None when `interrupt` ends before it: then the work is cancelled, and its end awaited."""
+    task = asyncio.create_task(work)
+    try:
+        await asyncio.wait((task, interrupt), return_when=asyncio.FIRST_COMPLETED)
+        return task.result() if task.done() else None
+    finally:
+        if not task.done():
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
 
 
 async def _first(*events: asyncio.Event) -> None:

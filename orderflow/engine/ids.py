@@ -6,7 +6,6 @@ import os
 import time
 from uuid import UUID
 
-
 _POOL_BYTES = 4096
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import ssl
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +15,9 @@ from aiokafka.errors import KafkaError, TopicAlreadyExistsError
 from orderflow.engine.patience import DependencyUnavailable, Misconfigured
 
 MAX_RECORD_BYTES = 1_000_000
+# The least that a broker allows by default: it bounds how long a killed worker's partitions wait for their next owner.
+SESSION_TIMEOUT_MS = 6_000
+JOIN_TIMEOUT_SECONDS = 60.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +63,7 @@ class Kafka:
             **self._common(), client_id="orderflow-publisher", acks="all", enable_idempotence=True,
             max_batch_size=256 * 1024, max_request_size=MAX_RECORD_BYTES, retry_backoff_ms=50,
         )  # fmt: skip
-        await self._start(producer, producer.start(), producer.stop)
+        await self._start(producer.start(), producer.stop)
         return producer
 
     async def consumer(self, listener: ConsumerRebalanceListener, *, client_id: str) -> AIOKafkaConsumer:
@@ -70,14 +73,15 @@ class Kafka:
         """
         consumer = AIOKafkaConsumer(
             **self._common(), client_id=client_id, group_id=self.group, enable_auto_commit=False,
-            auto_offset_reset="earliest", session_timeout_ms=10_000, heartbeat_interval_ms=1_000,
+            auto_offset_reset="earliest", session_timeout_ms=SESSION_TIMEOUT_MS, heartbeat_interval_ms=1_000,
             # A broker that does not wake a waiting fetch: 5 ms bound its round trip. A real one answers when data arrives, and
             # the same limit would only make it answer empty fetches.
             fetch_max_wait_ms=5 if self.embedded else 500, retry_backoff_ms=100,
             max_partition_fetch_bytes=1024 * 1024,
         )  # fmt: skip
         consumer.subscribe([self.topic], listener=listener)
-        await self._start(consumer, consumer.start(), consumer.stop)
+        # Joining waits for the group: until the session of a member that was killed has ended, and the others have drained.
+        await self._start(consumer.start(), consumer.stop, timeout=JOIN_TIMEOUT_SECONDS)
         return consumer
 
     async def ensure_topic(self) -> int:
@@ -88,7 +92,7 @@ class Kafka:
         if self.embedded:
             return await self._partitions_on_first_use()
         admin = AIOKafkaAdminClient(**self._common(), client_id="orderflow-admin")
-        await self._start(admin, admin.start(), admin.close)
+        await self._start(admin.start(), admin.close)
         try:
             async with asyncio.timeout(self.timeout):
                 if self.topic not in await admin.list_topics():
@@ -112,13 +116,18 @@ class Kafka:
         finally:
             await bounded(producer.stop(), 2.0)
 
-    async def _start(self, client: Any, start: Coroutine[Any, Any, None], stop: Any) -> None:
+    async def _start(
+        self, start: Coroutine[Any, Any, None], stop: Callable[[], Coroutine[Any, Any, None]],
+        *, timeout: float | None = None,
+    ) -> None:  # fmt: skip
         try:
-            await asyncio.wait_for(start, self.timeout)
-        except (KafkaError, TimeoutError, OSError) as error:
-            # A client whose start failed keeps sockets and tasks until it is stopped.
+            await asyncio.wait_for(start, timeout or self.timeout)
+        except BaseException as error:
+            # A client whose start failed, or was given up, keeps sockets and tasks until it is stopped.
             await bounded(stop(), 2.0)
-            raise self.unavailable(error) from error
+            if isinstance(error, (KafkaError, TimeoutError, OSError)):
+                raise self.unavailable(error) from error
+            raise
 
     def unavailable(self, error: BaseException) -> DependencyUnavailable:
         """The error in one line for people."""

@@ -55,7 +55,7 @@ WITH moved AS (
     SET published_at = NULL, available_at = now() + r.delay, attempt = o.attempt + 1,
         failures = coalesce(o.failures, '[]') || r.failure
     FROM unnest($1::uuid[], $2::integer[], $3::interval[], $4::jsonb[]) AS r(event_id, attempt, delay, failure)
-    WHERE o.event_id = r.event_id AND o.attempt = r.attempt
+    WHERE o.event_id = r.event_id AND o.attempt = r.attempt AND o.available_at IS DISTINCT FROM 'infinity'
     RETURNING o.event_id)
 SELECT event_id, pg_notify('orderflow_outbox', '') FROM moved
 """

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
 from uuid import UUID, uuid4
 
 import asyncpg
@@ -55,11 +54,11 @@ PAID = UUID("00000000-0000-7000-8000-000000000001")
 
 
 @pytest.fixture
-async def sound(connection: asyncpg.Connection) -> AsyncIterator[asyncpg.Connection]:
+async def sound(connection: asyncpg.Connection) -> asyncpg.Connection:
     """A database with a history that holds every invariant, and without the guards that keep it so."""
     await connection.execute(DROP_GUARDS)
     await connection.execute(SOUND)
-    yield connection
+    return connection
 
 
 async def violated(connection: asyncpg.Connection, accepted: list[UUID] | None = None) -> dict[str, int]:
@@ -164,7 +163,8 @@ async def test_a_planted_violation_fires_its_invariant_and_no_other(sound: async
 
 UNHARMED = {
     "a retry that is due later": f"UPDATE outbox SET published_at = NULL, available_at = now() WHERE event_id = {CREATED}",
-    "a fresh order": "INSERT INTO orders (id, user_id, amount) VALUES ('00000000-0000-7000-8000-000000000009', gen_random_uuid(), 1);"
+    "a fresh order": "INSERT INTO orders (id, user_id, amount)"
+    " VALUES ('00000000-0000-7000-8000-000000000009', gen_random_uuid(), 1);"
     "SELECT told(9, 'OrderCreated', 600, gen_random_uuid()); UPDATE outbox SET published_at = NULL WHERE created_at > at(599)",
     "published this moment": f"UPDATE outbox SET published_at = now() WHERE event_id = {CREATED};"
     f"DELETE FROM processed_events WHERE event_id = {CREATED}",
@@ -172,7 +172,8 @@ UNHARMED = {
     "a record of no event of ours": "INSERT INTO dead_letter_events (event_id, reason) VALUES (gen_random_uuid(), 'not JSON')",
     "an event of another program": "INSERT INTO outbox (event_type, aggregate_type, aggregate_id, payload)"
     f" VALUES ('Shipped', 'parcel', {ONE}, '[1]')",
-    "an amount written as a number": f"""UPDATE outbox SET payload = payload || '{{"amount": 10.5}}' WHERE event_id = {CREATED}""",
+    "an amount written as a number": f"""UPDATE outbox SET payload = payload || '{{"amount": 10.5}}'
+        WHERE event_id = {CREATED}""",
     "reopened just now": "UPDATE orders SET state = 'PAYMENT_PENDING', failure = NULL, version = 4, updated_at = now(),"
     " entered_at = entered_at || now() WHERE id::text LIKE '%3'",
 }  # fmt: skip

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Awaitable, Callable
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 from uuid import UUID, uuid4
 
 import asyncpg
@@ -19,13 +19,16 @@ import pytest
 from click.testing import CliRunner, Result
 
 from orderflow.cli import cli
+from orderflow.commands import demo
 from orderflow.commands.checks import backlog
 from orderflow.commands.checks import kafka as kafka_checks
 from orderflow.commands.checks import postgres as postgres_checks
+from orderflow.commands.walkthrough import Missed
+from orderflow.commands.walkthrough.parts import Part
+from orderflow.commands.walkthrough.programs import Log
 from orderflow.engine.kafka import Kafka
 from orderflow.explain import Unknown, story
 from orderflow.settings import load
-
 from tests.servers import Broker
 
 ROOT = Path(__file__).parents[2]
@@ -79,7 +82,8 @@ async def buried(connection: asyncpg.Connection, failure: str = "error") -> tupl
     """A FAILED order whose event is a dead letter after three attempts: (order id, event id)."""
     order_id, event_id = await placed(connection, "FAILED", 3, failure, age=60)
     attempts = [
-        {"attempt": n, "at": f"2026-05-01T12:00:0{n}Z", "error": "ChargeFailed", "message": "no \x1b[31mmoney"} for n in (1, 2, 3)
+        {"attempt": n, "at": f"2026-05-01T12:00:0{n}Z", "error": "ChargeFailed", "message": "no \x1b[31mmoney"}
+        for n in (1, 2, 3)
     ]
     text = orjson.dumps(attempts).decode()
     await connection.execute(
@@ -102,7 +106,9 @@ async def buried_foreign(connection: asyncpg.Connection) -> UUID:
     """A dead letter of a record that is no event of ours."""
     event_id = uuid4()
     await connection.execute(
-        "INSERT INTO dead_letter_events (event_id, reason, raw) VALUES ($1, 'not JSON: \x1b[2J', $2)", event_id, b"\xff\x00{" * 300
+        "INSERT INTO dead_letter_events (event_id, reason, raw) VALUES ($1, 'not JSON: \x1b[2J', $2)",
+        event_id,
+        b"\xff\x00{" * 300,
     )
     return event_id
 
@@ -118,9 +124,7 @@ async def test_migrate_says_from_where_to_where(command: Command, connection: as
 
 
 @pytest.mark.parametrize("arguments", [["orders", "list"], ["audit"], ["dead-letters", "list"], ["gateway", "mode"]])
-async def test_a_database_without_the_schema(
-    command: Command, connection: asyncpg.Connection, arguments: list[str]
-) -> None:
+async def test_a_database_without_the_schema(command: Command, connection: asyncpg.Connection, arguments: list[str]) -> None:
     await connection.execute("DROP SCHEMA public CASCADE; CREATE SCHEMA public")
     result = await command(*arguments)
     assert result.exit_code == 1
@@ -192,9 +196,7 @@ async def test_an_unknown_id_is_a_failure_in_one_line(command: Command, argument
     assert result.stderr.count("\n") == 1
 
 
-async def test_what_comes_from_the_database_cannot_drive_the_terminal(
-    command: Command, connection: asyncpg.Connection
-) -> None:
+async def test_what_comes_from_the_database_cannot_drive_the_terminal(command: Command, connection: asyncpg.Connection) -> None:
     order_id, event_id = await buried(connection)
     foreign = await buried_foreign(connection)
     for arguments in (["dead-letters", "list"], ["dead-letters", "show", foreign], ["dead-letters", "show", event_id],
@@ -401,7 +403,8 @@ async def test_a_story_has_everything_in_its_order(connection: asyncpg.Connectio
     order_id, event_id = await placed(connection, "PAID", 3, age=60)
     await connection.execute(
         """
-        INSERT INTO gateway_charges SELECT gen_random_uuid(), 'k', id, amount, 'settled', updated_at - interval '5 ms' FROM orders;
+        INSERT INTO gateway_charges
+        SELECT gen_random_uuid(), 'k', id, amount, 'settled', updated_at - interval '5 ms' FROM orders;
         INSERT INTO outbox (event_type, aggregate_id, payload, created_at, published_at)
         SELECT 'OrderPaid', id, '{}', updated_at, updated_at + interval '5 ms' FROM orders;
         INSERT INTO processed_events SELECT o.event_id, 'payment-worker-1', u.updated_at FROM outbox o, orders u
@@ -442,7 +445,8 @@ async def test_a_story_of_failure_and_redrive(connection: asyncpg.Connection, co
 async def test_a_story_tells_when_a_retry_is_due(connection: asyncpg.Connection) -> None:
     order_id, event_id = await placed(connection)
     await connection.execute(
-        "UPDATE outbox SET published_at = NULL, attempt = 2, available_at = now() + interval '9 s' WHERE event_id = $1", event_id
+        "UPDATE outbox SET published_at = NULL, attempt = 2, available_at = now() + interval '9 s' WHERE event_id = $1",
+        event_id,
     )
     last = (await story(connection, order_id)).entries[-1]
     assert (last.kind, last.detail) == ("due", "attempt 2")
@@ -502,9 +506,7 @@ async def levels(url: str, connection: asyncpg.Connection) -> dict[str, str]:
     return {check.seen: check.level for check in checks if check.level != "ok"}
 
 
-async def test_the_doctor_finds_nothing_wrong_with_a_fresh_database(
-    database_url: str, connection: asyncpg.Connection
-) -> None:
+async def test_the_doctor_finds_nothing_wrong_with_a_fresh_database(database_url: str, connection: asyncpg.Connection) -> None:
     found = await levels(database_url, connection)
     # The test's server may run without fsync, which is its own affair.
     assert {seen for seen in found if "is off: a loss of power" not in seen} == set()
@@ -514,7 +516,8 @@ async def test_the_doctor_finds_nothing_wrong_with_a_fresh_database(
     ("sql", "level", "said"),
     [
         ("UPDATE gateway_control SET mode = 'error'", "warning", "mode error"),
-        ("INSERT INTO dead_letter_events (event_id, reason) VALUES (gen_random_uuid(), 'x')", "warning", "1 dead letters are open"),
+        ("INSERT INTO dead_letter_events (event_id, reason) VALUES (gen_random_uuid(), 'x')",
+         "warning", "1 dead letters are open"),
         ("INSERT INTO outbox (event_type, aggregate_id, created_at) VALUES ('T', gen_random_uuid(), now() - interval '1 min')",
          "problem", "1 events due, the oldest for 6"),
         ("INSERT INTO orders (id, user_id, amount, created_at, updated_at)"
@@ -524,9 +527,7 @@ async def test_the_doctor_finds_nothing_wrong_with_a_fresh_database(
         ("REVOKE INSERT ON outbox FROM app_user", "problem", "lacks 1 rights"),
     ],
 )  # fmt: skip
-async def test_what_the_doctor_sees(
-    database_url: str, connection: asyncpg.Connection, sql: str, level: str, said: str
-) -> None:
+async def test_what_the_doctor_sees(database_url: str, connection: asyncpg.Connection, sql: str, level: str, said: str) -> None:
     await connection.execute(sql)
     found = {seen: found for seen, found in (await levels(database_url, connection)).items() if said in seen}
     assert list(found.values()) == [level], await levels(database_url, connection)
@@ -536,7 +537,9 @@ async def test_the_doctor_on_a_database_without_the_schema(command: Command, con
     await connection.execute("DROP SCHEMA public CASCADE; CREATE SCHEMA public")
     result = await command("doctor", "--json", "--kafka", "127.0.0.1:1")
     assert result.exit_code == 1
-    problems = {check["seen"]: check["advice"] for check in orjson.loads(result.stdout)["checks"] if check["level"] == "problem"}
+    problems = {
+        check["seen"]: check["advice"] for check in orjson.loads(result.stdout)["checks"] if check["level"] == "problem"
+    }
     assert problems["no orderflow schema"] == "run `orderflow migrate`"
     assert len(problems) == 2
 
@@ -574,3 +577,51 @@ async def test_the_doctor_creates_no_topic(kafka: Broker) -> None:
     for _ in range(2):
         last = (await kafka_checks.check(kafka_at(kafka.bootstrap, missing)))[-1]
         assert (last.level, last.seen) == ("warning", f"topic {missing} does not exist yet")
+
+
+# ----------------------------------------------------------------------------------------------------------- demo
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(240)
+async def test_the_demo_passes(tmp_path: Path) -> None:
+    # Settings and a .env of somebody else's servers: the demo's own processes must not be led astray by them.
+    (tmp_path / ".env").write_text("ORDERFLOW_DATABASE_DIRECT_URL=postgresql://nobody@127.0.0.1:1/x\n")
+    environment = {
+        "DATABASE_URL": "postgresql://nobody@127.0.0.1:1/x",
+        "ORDERFLOW_GATEWAY_SEED": "7",
+        "PYTHONPATH": str(ROOT),
+    }
+    program = await asyncio.create_subprocess_exec(
+        sys.executable, "-m", "orderflow", "demo", "--json",
+        cwd=tmp_path, env={**os.environ, **environment}, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+    out, errors = await asyncio.wait_for(program.communicate(), 200)
+    results = orjson.loads(out)
+    assert [(result["part"], result["seen"]) for result in results if not result["ok"]] == []
+    assert [result["part"] for result in results] == list(range(1, 10))
+    assert (program.returncode, errors) == (0, b"")
+
+
+async def test_a_part_that_is_missed_says_what_was_seen() -> None:
+    async def missed(stage: object) -> str:
+        raise Missed("FAILED, version 3")
+
+    async def broken(stage: object) -> str:
+        raise ConnectionResetError("gone")
+
+    for play, seen in ((missed, "FAILED, version 3"), (broken, "ConnectionResetError: gone")):
+        result = await demo._played(Part(2, "one order", "PAID", play), cast(Any, None))
+        assert (result.ok, result.expected, result.seen) == (False, "PAID", seen)
+
+
+async def test_the_log_of_a_program_that_ended_is_not_waited_for() -> None:
+    log = Log()
+    await log.add({"service": "payment-worker", "type": "STARTUP", "workerId": "w"})
+    assert (await log.line("payment-worker", "STARTUP"))["workerId"] == "w"
+    waiting = asyncio.create_task(log.line("payment-worker", "METRICS", timeout=30))
+    await log.end("it ended with 1")
+    with pytest.raises(Missed, match="it ended with 1"):
+        await asyncio.wait_for(waiting, 5)
+    with pytest.raises(Missed, match="no DLQ_EVENT of payment-worker within 0 s"):
+        await Log().line("payment-worker", "DLQ_EVENT", timeout=0.01)

@@ -197,7 +197,11 @@ def test_a_closed_stdout_ends_quietly() -> None:
     reading, writing = os.pipe()
     os.close(reading)
     program = subprocess.Popen(
-        [sys.executable, "-m", "orderflow", "settings", "--markdown"], cwd=ROOT, stdout=writing, stderr=subprocess.PIPE, text=True
+        [sys.executable, "-m", "orderflow", "settings", "--markdown"],
+        cwd=ROOT,
+        stdout=writing,
+        stderr=subprocess.PIPE,
+        text=True,
     )
     os.close(writing)
     _, errors = program.communicate(timeout=30)
@@ -219,8 +223,10 @@ def test_ctrl_c_ends_quietly() -> None:
 
 
 def test_a_terminal_without_the_letters_does_not_end_a_listing() -> None:
-    code = "from orderflow.cli import cli, click\n@click.command()\ndef audit(): click.echo('\\u2192')\n" \
-        "cli.get_command = lambda ctx, name: audit\ncli.main(['audit'])"  # fmt: skip
+    code = (
+        "from orderflow.cli import cli, click\n@click.command()\ndef audit(): click.echo('\\u2192')\n"
+        "cli.get_command = lambda ctx, name: audit\ncli.main(['audit'])"
+    )
     result = python(code, env={**os.environ, "PYTHONIOENCODING": "latin-1"})
     assert (result.returncode, result.stdout) == (0, "\\u2192\n")
 
@@ -329,7 +335,9 @@ def test_it_asks_on_a_terminal_only(terminal: bool, yes: bool, asked: bool, monk
         return False
 
     monkeypatch.setattr(click, "confirm", confirm)
-    monkeypatch.setattr("orderflow.commands.output.sys", type("S", (), {"stdin": Terminal(terminal), "stderr": Terminal(terminal)}))
+    monkeypatch.setattr(
+        "orderflow.commands.output.sys", type("S", (), {"stdin": Terminal(terminal), "stderr": Terminal(terminal)})
+    )
     if asked:
         with pytest.raises(click.ClickException, match="nothing was changed"):
             agreed("Go ahead?", yes=yes)

@@ -144,6 +144,17 @@ async def test_the_last_metrics_line_comes_whatever_the_interval(cancelled: bool
     assert seen == ["METRICS"]
 
 
+async def test_a_worker_that_begins_again_and_again_does_not_repeat_itself() -> None:
+    seen = []
+    totals = Totals()
+    ended = asyncio.Event()
+    ended.set()
+    with telemetry.subscribed(lambda _service, event, _fields: seen.append(event)):
+        for _ in range(5):
+            await metrics_line(load(metrics_interval_seconds=3600.0), totals, ended)
+    assert seen == ["METRICS"]
+
+
 SCRAPED = """
 from orderflow import metrics
 assert "prometheus_client" not in sys.modules

@@ -131,6 +131,17 @@ async def test_what_passes_costs_no_budget(error: Exception, facts: list[tuple[s
     assert facts[0][1] == {"role": "worker", "reason": str(error) or "TimeoutError"}
 
 
+@pytest.mark.usefixtures("handlers_kept")
+async def test_a_server_that_is_away_while_it_drains_is_no_crash(facts: list[tuple[str, dict[str, Any]]]) -> None:
+    async def run(stopping: asyncio.Event) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        await stopping.wait()
+        raise DependencyUnavailable("no Kafka")
+
+    assert await supervised(Role("worker", run)) == 0
+    assert [event for event, _ in facts] == ["DRAINING", "ROLE_WAITING", "STOPPED"]
+
+
 async def test_a_wrong_setting_ends_the_process_at_once(capsys: pytest.CaptureFixture[str]) -> None:
     async def deaf(_stopping: asyncio.Event) -> None:
         await asyncio.Event().wait()

@@ -25,9 +25,7 @@ _IN_FLIGHT = """
 SELECT count(*) AS orders, count(*) FILTER (WHERE updated_at < now() - make_interval(secs => $1)) AS stuck
 FROM orders WHERE state IN ('CREATED', 'PAYMENT_PENDING')
 """
-_DEAD = (
-    "SELECT count(*) AS letters, min(failed_at) AS oldest FROM dead_letter_events WHERE discarded_at IS NULL"
-)
+_DEAD = "SELECT count(*) AS letters, min(failed_at) AS oldest FROM dead_letter_events WHERE discarded_at IS NULL"
 
 
 async def check(connection: asyncpg.Connection) -> list[Check]:
@@ -48,9 +46,7 @@ async def _due(connection: asyncpg.Connection) -> Check:
         return ok(ABOUT, "no event is due")
     seen = f"{row['rows']} events due, the oldest for {duration(max(0.0, row['oldest']))}"
     if row["oldest"] > RELAY_TOLERANCE:
-        return problem(
-            ABOUT, seen, "is a publisher running (`orderflow run --role publisher`), and Kafka reachable?"
-        )
+        return problem(ABOUT, seen, "is a publisher running (`orderflow run --role publisher`), and Kafka reachable?")
     return ok(ABOUT, seen)
 
 
@@ -89,7 +85,5 @@ async def _dead_letters(connection: asyncpg.Connection) -> Check:
 async def _gateway(connection: asyncpg.Connection) -> Check:
     mode = await connection.fetchval("SELECT mode FROM gateway_control") or "random"
     if mode != "random":
-        return warning(
-            "gateway", f"the simulated gateway is in mode {mode}", "back: `orderflow gateway mode random`"
-        )
+        return warning("gateway", f"the simulated gateway is in mode {mode}", "back: `orderflow gateway mode random`")
     return ok("gateway", "mode random")

@@ -25,7 +25,10 @@ async def check(kafka: Kafka) -> list[Check]:
     """Everything about the cluster: brokers, topic, partitions, replication, and the lag of the workers' group."""
     # aiokafka logs what it retries; here the result is what counts, and it is one line.
     logging.getLogger("aiokafka").setLevel(logging.CRITICAL)
-    options = kafka._common() | {"request_timeout_ms": int(LIMIT * 1000)}
+    try:
+        options = kafka._common() | {"request_timeout_ms": int(LIMIT * 1000)}
+    except OSError as error:
+        return [problem(ABOUT, f"{kafka.ca_file} cannot be used: {error}", "correct ORDERFLOW_KAFKA_CA_FILE")]
     client = AIOKafkaClient(**options, client_id="orderflow-doctor")
     try:
         await asyncio.wait_for(client.bootstrap(), LIMIT)
@@ -72,15 +75,11 @@ async def _version(client: AIOKafkaClient) -> str:
 def _topic(kafka: Kafka, cluster: Any) -> list[Check]:
     partitions = cluster.partitions_for_topic(kafka.topic)
     if not partitions:
-        return [
-            warning(ABOUT, f"topic {kafka.topic} does not exist yet", "the first `orderflow run` creates it")
-        ]
+        return [warning(ABOUT, f"topic {kafka.topic} does not exist yet", "the first `orderflow run` creates it")]
     # The client knows each partition's replicas and has no method that tells them.
     known: dict[int, Any] = getattr(cluster, "_partitions", {}).get(kafka.topic, {})
     replicas = min((len(partition.replicas) for partition in known.values()), default=0)
-    leaderless = [
-        p for p in partitions if cluster.leader_for_partition(TopicPartition(kafka.topic, p)) in (None, -1)
-    ]
+    leaderless = [p for p in partitions if cluster.leader_for_partition(TopicPartition(kafka.topic, p)) in (None, -1)]
     seen = f"topic {kafka.topic}: {len(partitions)} partitions, {replicas} replicas"
     if leaderless:
         return [problem(ABOUT, f"{seen}, {len(leaderless)} without a leader", "bring their brokers back")]
@@ -88,23 +87,15 @@ def _topic(kafka: Kafka, cluster: Any) -> list[Check]:
         return [ok(ABOUT, seen)]
     checks = []
     if len(partitions) == 1:
-        checks.append(
-            warning(ABOUT, f"{seen}: it keeps one worker busy", "kafka-topics.sh --alter --partitions 12")
-        )
+        checks.append(warning(ABOUT, f"{seen}: it keeps one worker busy", "kafka-topics.sh --alter --partitions 12"))
     if 0 < replicas < 2 and len(cluster.brokers()) > 1:
-        checks.append(
-            warning(
-                ABOUT, f"{seen}: one broker's loss stops it", "replication factor 3, min.insync.replicas 2"
-            )
-        )
+        checks.append(warning(ABOUT, f"{seen}: one broker's loss stops it", "replication factor 3, min.insync.replicas 2"))
     return checks or [ok(ABOUT, seen)]
 
 
 async def _lag(kafka: Kafka, options: dict[str, Any], partitions: list[int]) -> Check:
     # Assigned by hand it joins no group: looking moves no partition away from a worker.
-    consumer = AIOKafkaConsumer(
-        **options, client_id="orderflow-doctor", group_id=kafka.group, enable_auto_commit=False
-    )
+    consumer = AIOKafkaConsumer(**options, client_id="orderflow-doctor", group_id=kafka.group, enable_auto_commit=False)
     places = [TopicPartition(kafka.topic, partition) for partition in partitions]
     try:
         async with asyncio.timeout(LIMIT):
@@ -123,11 +114,7 @@ async def _lag(kafka: Kafka, options: dict[str, Any], partitions: list[int]) -> 
         await bounded(consumer.stop(), 2.0)
     lag = sum(max(0, ends[p] - (begins[p] if committed[p] is None else committed[p])) for p in places)
     if all(offset is None for offset in committed.values()) and lag:
-        return warning(
-            ABOUT, f"group {kafka.group} has committed nothing, {lag} events wait", "is a worker running?"
-        )
+        return warning(ABOUT, f"group {kafka.group} has committed nothing, {lag} events wait", "is a worker running?")
     if lag > LAG_TOLERANCE:
-        return warning(
-            ABOUT, f"group {kafka.group} is {lag} events behind", "start more workers, up to the partitions"
-        )
+        return warning(ABOUT, f"group {kafka.group} is {lag} events behind", "start more workers, up to the partitions")
     return ok(ABOUT, f"group {kafka.group} is {lag} events behind")

@@ -9,6 +9,7 @@ import asyncpg
 
 from orderflow import migrations
 from orderflow.commands.checks import LIMIT, Check, ok, problem, warning
+from orderflow.engine.patience import DependencyUnavailable, Misconfigured
 from orderflow.engine.postgres import close_connection, connect
 from orderflow.settings import Settings, masked
 
@@ -94,11 +95,7 @@ def _room(settings: Settings, server: asyncpg.Record) -> list[Check]:
 def _upkeep(server: asyncpg.Record) -> list[Check]:
     checks = []
     if server["autovacuum"] != "on":
-        checks.append(
-            problem(
-                ABOUT, "autovacuum is off: dead rows will slow the relay", "ALTER SYSTEM SET autovacuum = on"
-            )
-        )
+        checks.append(problem(ABOUT, "autovacuum is off: dead rows will slow the relay", "ALTER SYSTEM SET autovacuum = on"))
     if (server["oldest"] or 0) > OLD_TRANSACTION:
         checks.append(
             warning(
@@ -137,9 +134,7 @@ async def _schema(connection: asyncpg.Connection) -> Check:
     if found < migrations.VERSION:
         return problem(ABOUT, f"schema version {found} of {migrations.VERSION}", "run `orderflow migrate`")
     if found > migrations.VERSION:
-        return problem(
-            ABOUT, f"schema version {found}, known is {migrations.VERSION}", "run the newer orderflow"
-        )
+        return problem(ABOUT, f"schema version {found}, known is {migrations.VERSION}", "run the newer orderflow")
     return ok(ABOUT, f"schema version {found}")
 
 
@@ -155,11 +150,7 @@ async def _rights(connection: asyncpg.Connection) -> list[Check]:
         return [problem(ABOUT, f"{user} lacks {len(missing)} rights", "; ".join(missing))]
     checks = [ok(ABOUT, f"{user} may read and write every table")]
     if not await connection.fetchval("SELECT has_schema_privilege(current_schema(), 'CREATE')"):
-        checks.append(
-            warning(
-                ABOUT, f"{user} may not create tables", "to upgrade, run `orderflow migrate` as the owner"
-            )
-        )
+        checks.append(warning(ABOUT, f"{user} may not create tables", "to upgrade, run `orderflow migrate` as the owner"))
     return checks
 
 
@@ -169,7 +160,10 @@ async def _listening(settings: Settings, connection: asyncpg.Connection) -> Chec
         "mode, set ORDERFLOW_DATABASE_DIRECT_URL to the server behind it"
     )
     heard = asyncio.Event()
-    direct = await connect(settings.direct_url, timeout=LIMIT, application="orderflow doctor")
+    try:
+        direct = await connect(settings.direct_url, timeout=LIMIT, application="orderflow doctor")
+    except (DependencyUnavailable, Misconfigured) as error:
+        return problem(ABOUT, f"for LISTEN: {error}", "correct ORDERFLOW_DATABASE_DIRECT_URL")
     try:
         await direct.add_listener(CHANNEL, lambda *_: heard.set())
         await connection.execute("SELECT pg_notify($1, '')", CHANNEL)

@@ -1,4 +1,6 @@
-"""The parts of the walk-through, in the contract's words: each does one thing, waits for what must follow, and says what it saw.
+"""The parts of the walk-through, in the contract's words.
+
+Each does one thing, waits for what must follow, and says what it saw.
 
 A part raises Missed when something expected does not come, or is not as expected.
 """
@@ -15,7 +17,7 @@ from orderflow.audit import audit
 from orderflow.commands.events import publish_again
 from orderflow.commands.walkthrough import Missed
 from orderflow.commands.walkthrough.programs import Line, until
-from orderflow.commands.walkthrough.stage import Stage, counted
+from orderflow.commands.walkthrough.stage import Stage, counted, default
 from orderflow.payments.simulated import SimulatedGateway
 
 PUBLISHER = "outbox-publisher"
@@ -167,8 +169,7 @@ async def ten_at_once(stage: Stage) -> str:
     """Part 7."""
     placed = await asyncio.gather(*(stage.place(f"{10 + n}.5") for n in range(10)))
     ended = await asyncio.gather(*(stage.ended(order_id) for order_id in placed))
-    settings = stage.settings
-    gateway = SimulatedGateway(stage.database, success_rate=settings.gateway_success_rate, seed=settings.gateway_seed)
+    gateway = SimulatedGateway(stage.database, success_rate=default("gateway_success_rate"), seed=default("gateway_seed"))
     paid = [state for state, _ in ended].count("PAID")
     foretold = sum(gateway.would_succeed(order_id) for order_id in placed)
     require(paid == foretold, f"{paid} of 10 PAID where the seed says {foretold}")

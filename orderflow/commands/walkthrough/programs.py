@@ -8,6 +8,7 @@ import signal
 import sys
 from collections import deque
 from collections.abc import Awaitable, Callable, Mapping
+from pathlib import Path
 from typing import Any, TypeVar
 
 import orjson
@@ -81,8 +82,9 @@ class Log:
 class Program:
     """One process of `orderflow run`, whose lines go to the log."""
 
-    def __init__(self, log: Log, environment: Mapping[str, str], *arguments: str) -> None:
+    def __init__(self, log: Log, environment: Mapping[str, str], *arguments: str, directory: Path | None = None) -> None:
         self._log = log
+        self._directory = directory
         self._environment = dict(environment)
         self._arguments = arguments
         self._process: asyncio.subprocess.Process | None = None
@@ -97,7 +99,7 @@ class Program:
             sys.executable, "-m", "orderflow", "run", *self._arguments,
             # Held open as long as we live: its end is how the program learns of ours, however we end.
             stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE,
-            env=self._environment, limit=2**20,
+            env=self._environment, cwd=self._directory, limit=2**20,
         )  # fmt: skip
         self._readers = [asyncio.create_task(self._read_lines()), asyncio.create_task(self._read_errors())]
 

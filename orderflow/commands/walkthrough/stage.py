@@ -21,17 +21,23 @@ from orderflow.commands.walkthrough import Missed
 from orderflow.commands.walkthrough.programs import DEADLINE, Log, Program, until
 from orderflow.engine.postgres import Database
 from orderflow.migrations import migrate
-from orderflow.settings import Settings
+from orderflow.settings import Settings, environment_name
 
 TERMINAL = ("PAID", "FAILED")
+# What the walk-through checks holds for the contract's gateway, whatever the environment says.
+PINNED = ("gateway_delay_ms", "gateway_success_rate", "gateway_seed")
 HTTP_TIMEOUT = aiohttp.ClientTimeout(total=10.0)
+
+
+def default(name: str) -> Any:
+    """The default of a setting."""
+    return Settings.model_fields[name].default
 
 
 @dataclass
 class Stage:
     """Everything that a part needs. `url` is known, and the processes run, after the first part."""
 
-    settings: Settings
     database: Database
     http: aiohttp.ClientSession
     log: Log
@@ -111,6 +117,8 @@ async def prepared(settings: Settings, *, embedded: bool) -> AsyncIterator[Stage
     """
     async with AsyncExitStack() as stack:
         database_url, changes = settings.database_url, {"KAFKA_BOOTSTRAP_SERVERS": settings.kafka_bootstrap_servers}
+        # A `.env` where the demo was started is meant for other servers than the demo's own.
+        directory: Path | None = None
         if embedded:
             directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="orderflow-demo-")))
             database_url, changes = await _servers(stack, directory)
@@ -127,15 +135,16 @@ async def prepared(settings: Settings, *, embedded: bool) -> AsyncIterator[Stage
                 "ORDERFLOW_METRICS_INTERVAL_SECONDS": "1",
                 "ORDERFLOW_DEV_CHILDREN": "true",
             }
+            | {environment_name(name): str(default(name)) for name in PINNED},
+            inherit=not embedded,
         )
         log = Log()
         stage = Stage(
-            settings=settings,
             database=database,
             http=http,
             log=log,
-            front=Program(log, environment, "--role", "api", "--role", "publisher"),
-            worker=Program(log, environment, "--role", "worker"),
+            front=Program(log, environment, "--role", "api", "--role", "publisher", directory=directory),
+            worker=Program(log, environment, "--role", "worker", directory=directory),
             private=embedded,
             began=await database.fetchval("SELECT clock_timestamp()"),
         )

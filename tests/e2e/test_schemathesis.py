@@ -1,0 +1,59 @@
+"""Schemathesis against the listening API: every check that it has, over examples, boundaries, random input and call sequences."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import sys
+from pathlib import Path
+
+import asyncpg
+import pytest
+
+from tests.serving import serving
+
+TIME_LIMIT = 90
+PHASES = ("Examples", "Coverage", "Fuzzing", "Stateful")
+
+# Two different orders with one key are a 422 by contract, and random keys are often the same: a valid key gets a unique end, so
+# that a valid order has to be taken. Wrong keys are sent as they are.
+HOOKS = r'''
+import re, uuid
+import schemathesis
+
+@schemathesis.hook
+def before_call(context, case, **kwargs):
+    key = (case.headers or {}).get("Idempotency-Key")
+    if isinstance(key, str) and re.fullmatch(r"[!#-~][!-~]{0,254}", key):
+        case.headers["Idempotency-Key"] = key[:200] + uuid.uuid4().hex
+'''
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(TIME_LIMIT + 30)
+async def test_the_api_does_what_its_document_says(
+    database_url: str, connection: asyncpg.Connection, tmp_path: Path
+) -> None:
+    (tmp_path / "hooks.py").write_text(HOOKS)
+    # A configuration of its own: otherwise one of a directory above would be found.
+    (tmp_path / "schemathesis.toml").write_text("")
+    async with serving(database_url) as api:
+        program = await asyncio.create_subprocess_exec(
+            sys.executable, "-m", "schemathesis.cli", "run", f"{api.url}/openapi.json", "--checks", "all",
+            "--max-examples", "40", "--generation-deterministic", "--no-color", "--no-shrink",
+            cwd=tmp_path, env={**os.environ, "SCHEMATHESIS_HOOKS": "hooks", "PYTHONPATH": str(tmp_path)},
+            stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT,
+        )  # fmt: skip
+        try:
+            async with asyncio.timeout(TIME_LIMIT):
+                output = (await program.communicate())[0].decode()
+        finally:
+            if program.returncode is None:
+                program.kill()
+                await program.wait()
+        assert program.returncode == 0, output
+        assert "8 selected / 8 total" in output, output
+        assert all(f"✅  {phase} " in output for phase in PHASES), output
+        # It found the way to place orders, and nothing of what it sent was an error of ours.
+        assert await connection.fetchval("SELECT count(*) FROM orders") > 50
+        assert {event for _, event, _ in api.facts} == {"STARTUP"}
