@@ -31,7 +31,8 @@ CREATE TABLE IF NOT EXISTS orders (
     CONSTRAINT orders_version_fits     CHECK (CASE state WHEN 'CREATED' THEN version = 1
                                                          WHEN 'PAID'    THEN version >= 3
                                                          ELSE version >= 2 END),
-    CONSTRAINT orders_amount_positive  CHECK (amount > 0),
+    -- NaN is greater than every number in PostgreSQL.
+    CONSTRAINT orders_amount_positive  CHECK (amount > 0 AND amount <> 'NaN'),
     CONSTRAINT orders_failure_explains CHECK ((state = 'FAILED') = (failure IS NOT NULL)
                                               AND (failure IS NULL OR failure IN ('declined', 'error'))),
     CONSTRAINT orders_history_complete CHECK (cardinality(entered_at) = version)

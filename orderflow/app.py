@@ -24,6 +24,7 @@ from orderflow.parent import watch_parent
 from orderflow.payments.handlers import ChargeHandler, FailOrder
 from orderflow.payments.simulated import SimulatedGateway
 from orderflow.probes import Probes
+from orderflow.processes import run_processes
 from orderflow.settings import Role, Settings
 from orderflow.supervisor import Service, supervise
 
@@ -61,6 +62,15 @@ async def run_roles(settings: Settings, roles: Sequence[Role]) -> int:
             on_drain=lambda: setattr(health, "draining", True),
             child=settings.dev_children,
         )
+    finally:
+        log.close()
+
+
+async def run_parent(settings: Settings, counts: Mapping[Role, int]) -> int:
+    """Run processes of these roles, and tell in the log what becomes of them; returns the exit code."""
+    log = logs.install(settings)
+    try:
+        return await run_processes(settings, counts)
     finally:
         log.close()
 

@@ -140,7 +140,9 @@ def settings_for(url: str, broker: Broker, topic: str, **changes: Any) -> Settin
 def kafka_for(broker: Broker, topic: str, **changes: Any) -> Kafka:
     """Kafka for a part that is made by hand; the consumer group is named like the topic."""
     embedded = not isinstance(broker, ApacheKafka)
-    return Kafka(**{"bootstrap": broker.bootstrap, "topic": topic, "group": topic, "embedded": embedded, "partitions": 4, **changes})
+    return Kafka(
+        **{"bootstrap": broker.bootstrap, "topic": topic, "group": topic, "embedded": embedded, "partitions": 4, **changes}
+    )
 
 
 def opening(url: str, **changes: Any) -> Callable[[], Any]:
@@ -229,7 +231,9 @@ class Placed(NamedTuple):
     event_id: UUID
 
 
-async def place(connection: asyncpg.Connection, count: int = 1, amount: str = "10.50", trace: str | None = None) -> list[Placed]:
+async def place(
+    connection: asyncpg.Connection, count: int = 1, amount: str = "10.50", trace: str | None = None
+) -> list[Placed]:
     """Place orders as the API does, with an event each."""
     headers = json.dumps({"traceparent": trace}) if trace else None
     new = [orders.NewOrder(new_id(), new_id(), uuid.uuid4(), Decimal(amount), headers=headers) for _ in range(count)]

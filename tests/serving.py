@@ -84,14 +84,21 @@ class Served:
 async def serving(url: str, **settings: Any) -> AsyncIterator[Served]:
     """The API on any free port, against the database at `url`."""
     given = {"http_port": 0, "database_pool_size": 4, "grace_seconds": 5.0, **settings}
-    limits = Settings(_env_file=None, database_url=url, **given)  # type: ignore[call-arg]
-    health, wakes, stopping = Health(["api"]), [], asyncio.Event()
+    limits = Settings(_env_file=None, database_url=url, **given)
+    health, stopping = Health(["api"]), asyncio.Event()
+    wakes: list[None] = []
     facts: list[tuple[str, str, dict[str, Any]]] = []
 
     async def open_database() -> Database:
         return await Database.open(url, size=limits.database_pool_size, timeout=limits.database_timeout_seconds)
 
-    api = Api(limits, open_database, health, lambda: (b"up 1\n", "text/plain; version=0.0.4; charset=utf-8"), lambda: wakes.append(None))
+    api = Api(
+        limits,
+        open_database,
+        health,
+        lambda: (b"up 1\n", "text/plain; version=0.0.4; charset=utf-8"),
+        lambda: wakes.append(None),
+    )
     with telemetry.subscribed(lambda service, event, fields: facts.append((service, event, fields))):
         running = asyncio.create_task(api.run(stopping))
         async with aiohttp.ClientSession(timeout=TIMEOUT, connector=aiohttp.TCPConnector(limit=0)) as session:
@@ -148,7 +155,10 @@ class Wire:
             return
         there, back = await asyncio.open_connection(self._target.hostname, self._target.port)
         self._writers |= {writer, back}
-        self._pumps |= {asyncio.create_task(self._pump(reader, back, False)), asyncio.create_task(self._pump(there, writer, True))}
+        self._pumps |= {
+            asyncio.create_task(self._pump(reader, back, False)),
+            asyncio.create_task(self._pump(there, writer, True)),
+        }
 
     async def _pump(self, source: asyncio.StreamReader, sink: asyncio.StreamWriter, answers: bool) -> None:
         with contextlib.suppress(ConnectionError):

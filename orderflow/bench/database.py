@@ -52,16 +52,19 @@ async def unsettled(connection: asyncpg.Connection) -> tuple[int, int]:
 async def until_settled(
     connection: asyncpg.Connection, *, timeout: float, tell: Callable[[int, int], None] = lambda orders, events: None
 ) -> bool:
-    """Wait until every order has ended and every event is consumed; `tell` hears what is left. False after `timeout` seconds."""
+    """Wait until every order has ended and every event is consumed; False after `timeout` seconds.
+
+    `tell` hears how many are left.
+    """
     end = time.monotonic() + timeout
-    while left := await unsettled(connection):
-        tell(*left)
-        if left == (0, 0):
+    while True:
+        orders, events = await unsettled(connection)
+        tell(orders, events)
+        if not orders and not events:
             return True
         if time.monotonic() >= end:
             return False
         await asyncio.sleep(0.25)
-    return True
 
 
 async def audited(connection: asyncpg.Connection, accepted: Iterable[UUID]) -> list[Finding]:

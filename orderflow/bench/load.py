@@ -1,5 +1,7 @@
 """The load generator, a process of its own: `python -m orderflow.bench.load OPTIONS`, OPTIONS and its one line of output JSON.
 
+It ends after its time, or when its standard input does: so it outlives nobody who started it.
+
 Each accepted order's id is in the record file before the next request goes out on that connection: what the file holds, a
 client was told.
 """
@@ -14,7 +16,7 @@ import sys
 import time
 import uuid
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import cycle
 from typing import Any
@@ -119,6 +121,7 @@ class ClosedLoop:
         ]
         summary = Summary(first_sent=time.time())
         self._end = time.monotonic() + self._options.seconds
+        on_end_of_input(self._stop)
         for exchange in exchanges:
             self._send(exchange)
         try:
@@ -133,6 +136,9 @@ class ClosedLoop:
         summary.lost_connections = self._lost
         summary.take_latencies(self._latencies)
         return summary
+
+    def _stop(self) -> None:
+        self._end = time.monotonic()
 
     def _send(self, exchange: Exchange) -> None:
         self._sent[exchange] = time.monotonic()
@@ -152,6 +158,18 @@ class ClosedLoop:
                 self._send(exchange)
         if not self._sent:
             self._idle.set()
+
+
+def on_end_of_input(stop: Callable[[], None]) -> None:
+    """Call `stop` when whoever started us closes our standard input, or dies."""
+
+    def readable() -> None:
+        if not os.read(0, 4096):
+            loop.remove_reader(0)
+            stop()
+
+    loop = asyncio.get_running_loop()
+    loop.add_reader(0, readable)
 
 
 async def run(options: Options) -> Summary:

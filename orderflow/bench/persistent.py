@@ -12,7 +12,7 @@ import uuid
 from collections import Counter
 
 from orderflow.bench.exchange import Address, Answer, Exchange, post_order
-from orderflow.bench.load import CONNECT_TIMEOUT, Options, Record, Summary, order_body
+from orderflow.bench.load import CONNECT_TIMEOUT, Options, Record, Summary, on_end_of_input, order_body
 
 ANSWER_TIMEOUT = 12.0
 RETRY_PAUSE = 0.2
@@ -31,39 +31,44 @@ class PersistentClients:
         self._answers: Counter[str] = Counter()
         self._latencies: list[float] = []
         self._summary = Summary()
+        self._end = 0.0
 
     async def run(self) -> Summary:
         """Load for the time asked for, then repeat what is still unanswered for `patience` seconds at the most."""
         summary = self._summary
         summary.first_sent = time.time()
-        end = time.monotonic() + self._options.seconds
-        await asyncio.gather(*(self._client(number, end) for number in range(self._options.connections)))
+        self._end = time.monotonic() + self._options.seconds
+        on_end_of_input(self._stop)
+        await asyncio.gather(*(self._client(number) for number in range(self._options.connections)))
         summary.last_answered = time.time()
         self._record.close()
         summary.answers = dict(self._answers)
         summary.take_latencies(self._latencies)
         return summary
 
-    async def _client(self, number: int, end: float) -> None:
+    def _stop(self) -> None:
+        self._end = time.monotonic()
+
+    async def _client(self, number: int) -> None:
         source = random.Random(f"{self._options.seed}/{number}")
         connection = _Connection(self._address)
         pace = self._options.connections / self._options.rate if self._options.rate else 0.0
         due = time.monotonic() + pace * source.random()
         try:
-            while due < end:
+            while due < self._end:
                 await asyncio.sleep(max(0.0, due - time.monotonic()))
-                await self._place(connection, source, end + self._options.patience)
+                await self._place(connection, source)
                 # A client that was held up does not catch up: the load is bounded by the rate from above only.
                 due = max(due + pace, time.monotonic())
         finally:
             connection.close()
 
-    async def _place(self, connection: _Connection, source: random.Random, give_up: float) -> None:
+    async def _place(self, connection: _Connection, source: random.Random) -> None:
         # Random, and not from the seed: a second run against the same database must not meet the keys of the first.
         key = str(uuid.uuid4())
         request = post_order(self._address, order_body(source), key=key)
         begun = time.monotonic()
-        order_id = await self._until_accepted(connection, request, give_up)
+        order_id = await self._until_accepted(connection, request)
         if order_id is None:
             self._summary.unresolved += 1
             return
@@ -71,12 +76,12 @@ class PersistentClients:
         self._summary.accepted += 1
         self._record.accepted(order_id)
         if source.random() < ASK_AGAIN:
-            again = await self._until_accepted(connection, request, give_up)
+            again = await self._until_accepted(connection, request)
             if again is not None and again != order_id:
                 self._record.accepted(again)
                 self._summary.contradictions.append(f"key {key}: order {order_id}, then order {again}")
 
-    async def _until_accepted(self, connection: _Connection, request: bytes, give_up: float) -> str | None:
+    async def _until_accepted(self, connection: _Connection, request: bytes) -> str | None:
         while True:
             answer = await connection.ask(request)
             if answer is None:
@@ -88,7 +93,7 @@ class PersistentClients:
                 if answer.status in REFUSALS:
                     self._summary.contradictions.append(f"a good request was answered {answer.status}: {answer.body[:200]!r}")
                     return None
-            if time.monotonic() >= give_up:
+            if time.monotonic() >= self._end + self._options.patience:
                 return None
             await asyncio.sleep(RETRY_PAUSE * random.uniform(0.5, 1.5))
 

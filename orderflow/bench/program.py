@@ -33,7 +33,9 @@ def environment_of(settings: Mapping[str, str]) -> dict[str, str]:
 class Program:
     """One `orderflow run`, ended with us however we end (see embedded.guard)."""
 
-    def __init__(self, arguments: Sequence[str], settings: Mapping[str, str], directory: Path, *, name: str = "orderflow") -> None:
+    def __init__(
+        self, arguments: Sequence[str], settings: Mapping[str, str], directory: Path, *, name: str = "orderflow"
+    ) -> None:
         self.address = Address(ports.HOST, ports.free_port())
         self.log = directory / f"{name}.log"
         self._arguments = arguments

@@ -23,7 +23,8 @@ START_TIMEOUT = 60.0
 SCRIPT = """\
 \\set cents random(100, 99999)
 BEGIN;
-INSERT INTO orders (id, user_id, amount) VALUES (gen_random_uuid(), gen_random_uuid(), :cents / 100.0) RETURNING id AS order_id \\gset
+INSERT INTO orders (id, user_id, amount) VALUES (gen_random_uuid(), gen_random_uuid(), :cents / 100.0)
+    RETURNING id AS order_id \\gset
 INSERT INTO outbox (event_type, aggregate_id, payload)
     VALUES ('OrderCreated', :order_id, jsonb_build_object('orderId', :order_id::uuid, 'amount', :cents::integer))
     RETURNING event_id AS created_event \\gset

@@ -1,4 +1,4 @@
-"""The servers of one run: private ones that are started and removed, or those that were named; a fresh database for each run."""
+"""The servers of one command: private ones, or those that were named; a fresh database and topic for each measured run."""
 
 from __future__ import annotations
 
@@ -127,7 +127,8 @@ class Servers:
             await admin.execute(f"CREATE DATABASE {name}{' OWNER app_user' if self.postgres else ''}")
         except asyncpg.InsufficientPrivilegeError:
             raise EmbeddedError(
-                "the user of --database-url may not create the scratch databases: ALTER ROLE ... CREATEDB, or leave the option out"
+                "the user of --database-url may not create the scratch databases: ALTER ROLE ... CREATEDB, "
+                "or leave the option out"
             ) from None
 
     def _url_of(self, database: str) -> str:

@@ -60,8 +60,9 @@ class Suite:
     """Runs the benchmarks round by round, alternating, so that a slow minute of the machine meets all of them."""
 
     def __init__(
-        self, servers: Servers, directory: Path, names: Iterable[str], extent: Extent, tell: Callable[[str], None] = lambda text: None
-    ) -> None:
+        self, servers: Servers, directory: Path, names: Iterable[str], extent: Extent,
+        tell: Callable[[str], None] = lambda text: None,
+    ) -> None:  # fmt: skip
         self._servers = servers
         self._directory = directory
         self._names = with_needed(names)
@@ -84,7 +85,8 @@ class Suite:
     async def run(self) -> Results:
         """All rounds. Raises EmbeddedError, ProgramFailed."""
         steps = {"B": self._run_b, "E1": self._run_e1, "E4": self._run_e4, "L1": self._run_l1, "S1": self._run_s1}
-        for self._round in range(1, self._extent.rounds + 1):
+        for number in range(1, self._extent.rounds + 1):
+            self._round = number
             for name in self._names:
                 await steps[name]()
         figures = [self._b, *self._e1.values()]
@@ -100,9 +102,7 @@ class Suite:
     async def _run_b(self) -> None:
         self._say("B, pgbench")
         async with self._servers.fresh() as target:
-            self._b.values.append(
-                await reference.measure(self._servers, target, self._directory, seconds=self._extent.seconds)
-            )
+            self._b.values.append(await reference.measure(self._servers, target, self._directory, seconds=self._extent.seconds))
 
     async def _throughput(self, split: str, delay_ms: int) -> float:
         extent = self._extent

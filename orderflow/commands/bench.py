@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import sys
 import tempfile
 import time
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 
 NAMES = ("B", "E1", "E4", "L1", "S1")
 LOG_NOTE = "JSON, to files"
+JSON_FILE = click.File("w", encoding="utf-8", lazy=True)
 
 
 @click.command()
@@ -27,7 +29,7 @@ LOG_NOTE = "JSON, to files"
 @click.option("--quick", is_flag=True, help="One short round: shows that it runs, not how fast it is.")
 @click.option("--rounds", type=click.IntRange(1, 100), metavar="N", help="Alternating rounds [3; 1 with --quick].")
 @click.option("--seconds", type=click.FloatRange(0.5, 3600), metavar="N", help="Length of one load [15; 2 with --quick].")
-@click.option("--json", "json_file", type=click.File("w", encoding="utf-8", lazy=True), metavar="FILE", help="Write everything there; - is stdout.")
+@click.option("--json", "json_file", type=JSON_FILE, metavar="FILE", help="Write everything there; - is stdout.")
 @click.option("--embedded-broker", is_flag=True, help="Use the broker of `dev` instead of Apache Kafka, and say so.")
 @database_option
 @kafka_option
@@ -63,9 +65,7 @@ def bench(
     extent = Extent(rounds=1, seconds=2.0, warm_up=0.5, orders=20) if quick else Extent()
     extent = _changed(extent, rounds, seconds)
     try:
-        head, results = asyncio.run(
-            _measure(names, extent, database_url, kafka_bootstrap_servers, embedded_broker)
-        )
+        head, results = asyncio.run(_measure(names, extent, database_url, kafka_bootstrap_servers, embedded_broker))
     except (EmbeddedError, ProgramFailed) as error:
         raise click.ClickException(str(error)) from error
     if json_file is None or json_file.name != "-":
@@ -98,9 +98,11 @@ async def _measure(
 
     with tempfile.TemporaryDirectory(prefix="orderflow-bench-") as name:
         directory = Path(name)
-        directory.chmod(0o711)  # as root, PostgreSQL runs as another user, who must get through
+        os.chmod(directory, 0o711)  # as root, PostgreSQL runs as another user, who must get through
         tell("starting the servers")
-        async with Servers(directory, database_url=database_url, bootstrap=bootstrap, embedded_broker=embedded_broker) as servers:
+        async with Servers(
+            directory, database_url=database_url, bootstrap=bootstrap, embedded_broker=embedded_broker
+        ) as servers:
             head = {**await about(servers, sys.argv[1:]), "log": LOG_NOTE}
             return head, await Suite(servers, directory, [n.upper() for n in names], extent, tell).run()
 

@@ -12,7 +12,6 @@ from pathlib import Path
 
 from dotenv import dotenv_values
 
-import orderflow
 from orderflow.settings import Settings, environment_name
 
 PREFIX = "ORDERFLOW_"
@@ -55,5 +54,5 @@ def child_environment(changes: Mapping[str, str], *, inherit: bool = False) -> d
         for name, value in os.environ.items()
         if inherit or (name.upper() not in ours and not name.upper().startswith(PREFIX))
     }
-    path = [str(Path(orderflow.__file__).parents[1]), *filter(None, [kept.get("PYTHONPATH")])]
+    path = [str(Path(__file__).parents[2]), *filter(None, [kept.get("PYTHONPATH")])]
     return kept | dict(changes) | {"PYTHONPATH": os.pathsep.join(path)}

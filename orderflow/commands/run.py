@@ -51,12 +51,10 @@ def run(
     )
     refuse_shared_port(settings, set(counts or roles or ROLES))
 
-    from orderflow.app import run_main, run_roles
+    from orderflow.app import run_main, run_parent, run_roles
 
     if counts:
-        from orderflow.processes import run_processes
-
-        return run_main(run_processes(settings, counts))
+        return run_main(run_parent(settings, counts))
     return run_main(run_roles(settings, [role for role in ROLES if role in (roles or ROLES)]))
 
 

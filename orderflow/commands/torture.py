@@ -23,12 +23,15 @@ from orderflow.commands.output import escaped, table
 if TYPE_CHECKING:
     from orderflow.torture.driver import Extent, Report
 
+SECONDS = click.FloatRange(1, 86_400)
+RATE = click.FloatRange(1, 100_000)
+
 
 @click.command()
-@click.option("--seed", type=click.IntRange(0), metavar="N", help="The plan's seed; a run without one tells which it took.")
-@click.option("--seconds", type=click.FloatRange(1, 86_400), default=60.0, show_default=True, metavar="N", help="Length of load and faults.")
-@click.option("--rate", type=click.FloatRange(1, 100_000), default=200.0, show_default=True, metavar="N", help="Orders a second at the most.")
-@click.option("--settle", type=click.FloatRange(1, 3600), default=90.0, show_default=True, metavar="SECONDS", help="Time for everything to end after the load.")
+@click.option("--seed", type=click.IntRange(0), metavar="N", help="The plan's seed; without it one is chosen and told.")
+@click.option("--seconds", type=SECONDS, default=60.0, metavar="N", help="Length of load and faults [60].")
+@click.option("--rate", type=RATE, default=200.0, metavar="N", help="Orders a second at the most [200].")
+@click.option("--settle", type=SECONDS, default=90.0, metavar="SECONDS", help="Time to end everything after it [90].")
 @click.option("--embedded-broker", is_flag=True, help="Use the broker of `dev` instead of Apache Kafka; it is not restarted.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of tables.")
 def torture(seed: int | None, seconds: float, rate: float, settle: float, embedded_broker: bool, as_json: bool) -> int:
@@ -63,13 +66,12 @@ def torture(seed: int | None, seconds: float, rate: float, settle: float, embedd
     else:
         show(report)
     if report.problems:
-        click.echo(f"orderflow: again with: orderflow torture --seed {chosen} --seconds {seconds:g}; logs in {directory}", err=True)
+        again = f"orderflow torture --seed {chosen} --seconds {seconds:g} --rate {rate:g}"
+        click.echo(f"orderflow: again with: {again}; logs in {directory}", err=True)
     return 1 if report.problems else 0
 
 
-async def _run(
-    directory: Path, seed: int, extent: Extent, embedded_broker: bool, tell: Callable[[str], None]
-) -> Report:
+async def _run(directory: Path, seed: int, extent: Extent, embedded_broker: bool, tell: Callable[[str], None]) -> Report:
     from orderflow.bench.servers import Servers
     from orderflow.torture.driver import Driver
     from orderflow.torture.plan import plan

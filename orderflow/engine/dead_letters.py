@@ -6,6 +6,7 @@ fresh attempts and deletes the dead letter; a discard keeps the dead letter, wit
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -15,7 +16,7 @@ from uuid import UUID
 import orjson
 
 from orderflow.engine.message import Message
-from orderflow.engine.outbox import CHANNEL, Failure
+from orderflow.engine.outbox import CHANNEL, Failure, storable
 from orderflow.engine.postgres import Connection
 
 # The guards: never bury what has been processed, nor what another delivery has already moved to a later attempt.
@@ -25,7 +26,7 @@ SET available_at = 'infinity', published_at = coalesce(published_at, CASE WHEN $
     failures = CASE WHEN $3::jsonb IS NULL THEN failures ELSE coalesce(failures, '[]') || $3::jsonb END
 WHERE event_id = $1 AND attempt = $2 AND available_at IS DISTINCT FROM 'infinity'
   AND NOT EXISTS (SELECT FROM processed_events p WHERE p.event_id = $1)
-RETURNING failures
+RETURNING failures, payload
 """
 
 _INSERT = """
@@ -94,9 +95,8 @@ async def bury_if_attempt(
     )
     if row is None:
         return False
-    payload = message.payload if isinstance(message.payload, str) else orjson.dumps(message.payload).decode()
     return await _insert(
-        connection, message.id, message.type, message.aggregate_id, payload, reason, error,
+        connection, message.id, message.type, message.aggregate_id, row["payload"], reason, error,
         row["failures"] or "[]", dict(message.headers), place, None, worker_id,
     )  # fmt: skip
 
@@ -108,7 +108,7 @@ async def bury_foreign(
     """Bury a record that has no outbox row here, with its raw bytes; False where it lies buried already."""
     return await _insert(
         connection, event_id, message.type if message else None, message.aggregate_id if message else None,
-        orjson.dumps(message.payload).decode() if message else None, reason, error, "[]", headers, place, raw, worker_id,
+        _foreign_json(message.payload) if message else None, reason, error, "[]", headers, place, raw, worker_id,
     )  # fmt: skip
 
 
@@ -118,11 +118,21 @@ async def _insert(
     raw: bytes | None, worker_id: str | None,
 ) -> bool:  # fmt: skip
     inserted = await connection.fetchval(
-        _INSERT, event_id, event_type, aggregate_id, payload, reason, error_name(error),
-        str(error).replace("\0", "\ufffd") if error else None, attempts, orjson.dumps(headers).decode().replace("\\u0000", "\ufffd"),
+        _INSERT, event_id, event_type, aggregate_id, payload, storable(reason), error_name(error),
+        storable(str(error)) if error else None, attempts, _foreign_json(headers),
         place.topic if place else None, place.partition if place else None, place.offset if place else None, raw, worker_id,
     )  # fmt: skip
     return inserted is not None
+
+
+def _foreign_json(value: Any) -> str | None:
+    """The JSON text of what came from outside; None where it cannot be written (nested too deep), as the raw bytes are kept."""
+    try:
+        text = orjson.dumps(value).decode()
+    except TypeError:
+        return None
+    # jsonb has no NUL. An even number of backslashes before the escape is text of its own.
+    return re.sub(r"(?<!\\)((?:\\\\)*)\\u0000", r"\1\\ufffd", text)
 
 
 async def redrive(connection: Connection, event_id: UUID) -> tuple[str, UUID]:

@@ -96,7 +96,7 @@ class Executor:
         try:
             message = Message.decode(record.value, record.headers)
         except Undecodable as error:
-            await self._bury_foreign(record, uuid5(UNDECODABLE, repr(record.place)), f"Undecodable: {error}", error, None)
+            await self._bury_undecodable(record, error)
             return
         emit(WORKER, "EVENT_RECEIVED", eventId=message.id, eventType=message.type)
         if message.attempt == 1:
@@ -146,7 +146,7 @@ class Executor:
             case Duplicate():
                 self._tell_duplicate(message)
             case Retry(delay=delay, error=error):
-                if await self._retries.submit(outbox.Republish(message.id, delay, self._failure(message, error))):
+                if await self._retries.submit(outbox.Republish(message.id, delay, outbox.Failure.of(message.attempt, error))):
                     emit(
                         WORKER, "RETRY_SCHEDULED", eventId=message.id, retryCount=delivery.failures + 1,
                         maxRetries=self._policy.max_attempts, delayMs=round(delay.total_seconds() * 1000),
@@ -157,17 +157,13 @@ class Executor:
     def _tell_duplicate(self, message: Message) -> None:
         emit(WORKER, "DUPLICATE_EVENT", eventId=message.id, message="Event already processed, skipping")
 
-    def _failure(self, message: Message, error: BaseException) -> outbox.Failure:
-        text = str(error).replace("\0", "\ufffd")[:2000]
-        return outbox.Failure(message.attempt, datetime.now(UTC), type(error).__name__, text)
-
     async def _bury(self, delivery: Delivery, reason: str, error: BaseException | None) -> None:
         handler = self._handlers.get(delivery.message.type)
         try:
             async with self._database.transaction() as connection:
                 buried = await dead_letters.bury_if_attempt(
                     connection, delivery.message, reason=reason, error=error, place=delivery.place,
-                    worker_id=self._worker_id, failure=self._failure(delivery.message, error) if error else None,
+                    worker_id=self._worker_id, failure=outbox.Failure.of(delivery.message.attempt, error) if error else None,
                 )  # fmt: skip
                 tell = await handler.on_buried(connection, delivery.message, reason) if buried and handler else None
         except SettledMeanwhile:
@@ -178,6 +174,26 @@ class Executor:
         emit(WORKER, "DLQ_EVENT", eventId=delivery.message.id, reason=reason)
         if tell is not None:
             tell()
+
+    async def _bury_undecodable(self, record: Record, error: Undecodable) -> None:
+        reason = f"Undecodable: {error}"
+        own = await ENDLESS.run(lambda: self._own(record))
+        if own is None:
+            await self._bury_foreign(record, uuid5(UNDECODABLE, repr(record.place)), reason, error, None)
+        else:
+            await ENDLESS.run(lambda: self._bury(Delivery(own, record.place, self._worker_id, 0), reason, error))
+
+    async def _own(self, record: Record) -> Message | None:
+        """The outbox row that the record was published from, byte for byte: PostgreSQL keeps JSON that no worker can read.
+
+        Buried as a stranger's, its row would be published again by every turn of the janitor.
+        """
+        try:
+            event_id = UUID((dict(record.headers).get("event-id") or b"").decode())
+        except ValueError:
+            return None
+        message = await outbox.get(self._database, event_id)
+        return message if message is not None and message.encode()[1] == record.value else None
 
     async def _bury_foreign(
         self, record: Record, event_id: UUID, reason: str, error: BaseException | None, message: Message | None

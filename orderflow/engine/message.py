@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import datetime
+from datetime import UTC, datetime
 from typing import Any
 from uuid import UUID
 
@@ -89,11 +89,16 @@ class Message:
         )
 
 
-_OURS = frozenset(("event-id", "event-type"))
+# What every record of ours carries; of these, `attempt` alone is read.
+OUR_HEADERS = frozenset(("event-id", "event-type", "attempt"))
 
 
 def _carried(headers: Headers) -> dict[str, str]:
-    return {name: text.decode("utf-8", "replace") for name, text in headers if name not in _OURS and text is not None}
+    return {
+        name: text.decode("utf-8", "replace")
+        for name, text in headers
+        if (name == "attempt" or name not in OUR_HEADERS) and text is not None
+    }
 
 
 def _text(document: dict[str, Any], name: str) -> str:
@@ -121,9 +126,9 @@ def _time(document: dict[str, Any], name: str) -> datetime:
     try:
         if isinstance(value, str):
             time = datetime.fromisoformat(value)
-            # Without a zone it can be neither compared with ours nor stored as a moment.
+            # Without a zone it can be neither compared with ours nor stored as a moment; in UTC it may lie outside the calendar.
             if time.tzinfo is not None:
-                return time
+                return time.astimezone(UTC)
     except (ValueError, OverflowError):
         raise Undecodable(f"{name}: not an ISO 8601 time") from None
     raise Undecodable(f"{name}: missing, or not a time with its zone")

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
 from typing import Any
 from uuid import UUID
 
+import asyncpg
 import orjson
 
-from orderflow.engine.message import Message
+from orderflow.engine.message import OUR_HEADERS, Message
 from orderflow.engine.postgres import Connection, Database
 
 SHARDS = 32
@@ -36,16 +37,25 @@ UNION ALL
 ORDER BY seq
 """
 
-# The attempt guard: a consumer that was faster than this statement may have failed the event and made it due again, as the
-# next attempt; marking that one published would lose the retry.
 _APPEND = """
 INSERT INTO outbox (event_id, event_type, aggregate_type, aggregate_id, payload, headers) VALUES ($1, $2, $3, $4, $5, $6)
 """
 
+_GET = """
+SELECT event_id, event_type, aggregate_type, aggregate_id, payload, created_at, attempt, headers FROM outbox WHERE event_id = $1
+"""
+
+# The attempt guard: a consumer that was faster than this statement may have failed the event and made it due again, as the
+# next attempt; marking that one published would lose the retry.
 _MARK_PUBLISHED = """
 UPDATE outbox o SET published_at = now(), available_at = NULL
 FROM unnest($1::uuid[], $2::integer[]) AS m(event_id, attempt)
 WHERE o.event_id = m.event_id AND o.attempt = m.attempt AND o.published_at IS NULL
+"""
+
+_WITHDRAW_IF_PROCESSED = """
+UPDATE outbox SET available_at = 'infinity'
+WHERE event_id = $1 AND EXISTS (SELECT FROM processed_events p WHERE p.event_id = $1)
 """
 
 # A relay that sleeps learns from the notification that there is something to wake up for earlier than its next poll.
@@ -94,6 +104,11 @@ class Failure:
     error: str
     message: str
 
+    @classmethod
+    def of(cls, attempt: int, error: BaseException) -> Failure:
+        """The failure of that attempt, now."""
+        return cls(attempt, datetime.now(UTC), type(error).__name__, storable(str(error))[:2000])
+
     def as_json(self) -> str:
         """The JSON object that stands in `outbox.failures`."""
         return orjson.dumps(
@@ -119,6 +134,11 @@ async def append(connection: Connection, messages: Iterable[Message]) -> None:
     await connection.executemany(_APPEND, rows)
 
 
+def storable(text: str) -> str:
+    """The text as PostgreSQL can keep it, which takes neither NUL nor half a surrogate pair."""
+    return text.replace("\0", "\ufffd").encode("utf-8", "replace").decode()
+
+
 def _json(value: str | dict[str, Any]) -> str:
     return value if isinstance(value, str) else orjson.dumps(value).decode()
 
@@ -126,26 +146,45 @@ def _json(value: str | dict[str, Any]) -> str:
 async def fetch_due(connection: Connection, shards: Sequence[int], limit: int) -> list[Message]:
     """At most about `limit` events of these shards that are due, in the order of their aggregates' transitions."""
     a_shard = max(32, limit // max(1, len(shards)))
-    rows = await connection.fetch(_FETCH_DUE, shards, a_shard, limit)
-    return [
-        Message(
-            id=row["event_id"],
-            type=row["event_type"],
-            aggregate_type=row["aggregate_type"],
-            aggregate_id=row["aggregate_id"],
-            payload=row["payload"],
-            created_at=row["created_at"],
-            attempt=row["attempt"],
-            headers=orjson.loads(row["headers"]) if row["headers"] else {},
-        )
-        for row in rows
-    ]
+    return [_message(row) for row in await connection.fetch(_FETCH_DUE, shards, a_shard, limit)]
+
+
+async def get(database: Database, event_id: UUID) -> Message | None:
+    """One event as it would be published now, or None."""
+    row = await database.fetchrow(_GET, event_id)
+    return _message(row) if row else None
+
+
+def _message(row: asyncpg.Record) -> Message:
+    return Message(
+        id=row["event_id"],
+        type=row["event_type"],
+        aggregate_type=row["aggregate_type"],
+        aggregate_id=row["aggregate_id"],
+        payload=row["payload"],
+        created_at=row["created_at"],
+        attempt=row["attempt"],
+        headers=_headers(row["headers"]),
+    )
+
+
+def _headers(text: str | None) -> dict[str, str]:
+    """Another program may have written anything: what is no text, or would pass for a header of ours, is left out."""
+    found = orjson.loads(text) if text else None
+    if not isinstance(found, dict):
+        return {}
+    return {name: value for name, value in found.items() if isinstance(value, str) and name not in OUR_HEADERS}
 
 
 async def next_due(connection: Connection, shards: Sequence[int]) -> float | None:
     """Seconds until the earliest scheduled event of these shards is due; None when nothing is scheduled."""
     seconds: float | None = await connection.fetchval(_NEXT_DUE, shards)
     return seconds
+
+
+async def withdraw_if_processed(connection: Connection, message: Message) -> None:
+    """Take a row that cannot be published, and need not be, out of every relay's reach."""
+    await connection.execute(_WITHDRAW_IF_PROCESSED, message.id)
 
 
 async def mark_published_if_attempt(connection: Connection, messages: Sequence[Message]) -> None:

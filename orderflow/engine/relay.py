@@ -17,7 +17,7 @@ from aiokafka import AIOKafkaProducer
 from aiokafka.errors import KafkaError, MessageSizeTooLargeError
 
 from orderflow.engine import dead_letters, outbox
-from orderflow.engine.executor import Burial
+from orderflow.engine.executor import Burial, SettledMeanwhile
 from orderflow.engine.kafka import Kafka, bounded
 from orderflow.engine.message import Message
 from orderflow.engine.patience import DependencyUnavailable
@@ -137,14 +137,17 @@ class Relay:
                 if sent:
                     await asyncio.wait(sent.values())
                 for place, future in sent.items():
-                    results[place] = future.exception()
-                    if isinstance(results[place], MessageSizeTooLargeError):
+                    if not isinstance(future.exception(), MessageSizeTooLargeError):
+                        results[place] = future.exception()
+                for place, future in sent.items():
+                    if isinstance(future.exception(), MessageSizeTooLargeError):
                         # The broker refuses a whole batch for one record: alone, only the guilty one is refused.
                         results[place] = await self._send_alone(producer, due[place])
         except (KafkaError, TimeoutError):
-            # Bounded: what was acknowledged before the limit counts, the rest keeps its error.
+            # Bounded: what was acknowledged before the limit counts, the rest keeps its error. Refused along with a batch is not
+            # refused: who was guilty had to be found out, and was not.
             for place, future in sent.items():
-                if future.done() and not future.cancelled():
+                if future.done() and not future.cancelled() and not isinstance(future.exception(), MessageSizeTooLargeError):
                     results[place] = future.exception()
         return results
 
@@ -158,14 +161,21 @@ class Relay:
         return None
 
     async def _bury(self, database: Database, message: Message, error: BaseException) -> None:
-        failure = outbox.Failure(message.attempt, datetime.now(UTC), type(error).__name__, str(error))
+        failure = outbox.Failure.of(message.attempt, error)
         reason = f"Cannot be published: {error}"
         burial = self._burials.get(message.type)
         async with database.transaction() as connection:
             buried = await dead_letters.bury_if_attempt(
                 connection, message, reason=reason, failure=failure, error=error, place=None, worker_id=None, published=False
             )
-            tell = await burial.on_buried(connection, message, reason) if buried and burial else None
+            if not buried:
+                # A replay of what was processed long ago: left due, it would be refused again without an end.
+                await outbox.withdraw_if_processed(connection, message)
+            try:
+                tell = await burial.on_buried(connection, message, reason) if buried and burial else None
+            except SettledMeanwhile:
+                # The order has ended by another event; this one can be published as little as before.
+                tell = None
         if buried:
             emit(PUBLISHER, "DLQ_EVENT", eventId=message.id, reason=reason)
         if tell is not None:

@@ -102,7 +102,10 @@ class ChargeHandler(FailOrder):
         try:
             async with asyncio.timeout(self._timeout):
                 return await self._gateway.charge(request)
-        except (TimeoutError, ChargeUnknown) as error:
+        except Exception as error:
+            # A connection that broke tells as little as no answer: the charge may have been made.
+            if not isinstance(error, ChargeUnknown) and not is_transient(error):
+                raise
             if found := await self._find(order.order_id):
                 return found
             raise ChargeFailed(str(error) or f"Payment gateway timeout: no answer within {self._timeout:g} s") from error

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from decimal import Decimal
 from uuid import UUID
 
@@ -23,11 +23,12 @@ FROM input i JOIN orders o ON o.id = i.id LEFT JOIN moved m ON m.id = o.id
 """
 
 # The order's row decides: what does not move it is not recorded either, so that of two deliveries at the same moment, or of a
-# settlement and a burial, exactly one takes effect.
+# settlement and a burial, exactly one takes effect. Two deliveries of one order can meet in one group, too: one without its key is
+# not held behind the other.
 _SETTLE = """
 WITH input AS (
-    SELECT * FROM unnest($1::uuid[], $2::uuid[], $3::integer[], $4::text[], $5::text[], $6::uuid[], $7::text[], $8::jsonb[],
-                         $9::jsonb[])
+    SELECT DISTINCT ON (order_id) *
+    FROM unnest($1::uuid[], $2::uuid[], $3::integer[], $4::text[], $5::text[], $6::uuid[], $7::text[], $8::jsonb[], $9::jsonb[])
                   AS t(event_id, order_id, version, state, failure, new_event_id, new_event_type, payload, headers)),
 moved AS (
     UPDATE orders o SET state = i.state, version = o.version + 1, failure = i.failure, updated_at = now(),
@@ -42,7 +43,7 @@ announced AS (
     INSERT INTO outbox (event_id, event_type, aggregate_type, aggregate_id, payload, headers)
     SELECT i.new_event_id, i.new_event_type, 'order', i.order_id, i.payload, i.headers
     FROM input i JOIN moved m ON m.id = i.order_id)
-SELECT id FROM moved
+SELECT i.new_event_id FROM input i JOIN moved m ON m.id = i.order_id
 """
 
 _FAIL = """
@@ -88,11 +89,19 @@ async def begin_if_created(database: Database, order_ids: Sequence[UUID]) -> lis
         state = State.PAYMENT_PENDING if row["state"] == State.CREATED else State(row["state"])
         version = 2 if row["state"] == State.CREATED else row["version"]
         begun[row["id"]] = Begun(row["id"], row["user_id"], row["amount"], state, version, moved)
-    return [begun.get(order_id) for order_id in order_ids]
+    results = []
+    for order_id in order_ids:
+        found = begun.get(order_id)
+        results.append(found)
+        if found is not None and found.moved:
+            # Two deliveries of one order in one group: one of them has moved it.
+            begun[order_id] = replace(found, moved=False)
+    return results
 
 
 async def settle_if_pending(database: Database | Connection, settlements: Sequence[Settlement], worker_id: str) -> list[bool]:
     """PAYMENT_PENDING -> PAID or FAILED, the event recorded as processed, and the outcome's event: one statement."""
+    new_ids = [new_id() for _ in settlements]
     rows = await database.fetch(
         _SETTLE,
         [s.event_id for s in settlements],
@@ -100,14 +109,14 @@ async def settle_if_pending(database: Database | Connection, settlements: Sequen
         [s.version for s in settlements],
         [s.state.value for s in settlements],
         [s.failure for s in settlements],
-        [new_id() for _ in settlements],
+        new_ids,
         [s.event_type for s in settlements],
         [s.payload for s in settlements],
         [s.headers for s in settlements],
         worker_id,
     )
-    moved = {row["id"] for row in rows}
-    return [s.order_id in moved for s in settlements]
+    announced = {row["new_event_id"] for row in rows}
+    return [event_id in announced for event_id in new_ids]
 
 
 async def fail_if_not_terminal(connection: Connection, order_id: UUID) -> int | None:

@@ -37,6 +37,8 @@ SETTINGS = {
     "ORDERFLOW_CRASH_BUDGET": "100000",
 }
 TICK = 0.5
+# Load goes on until the last fault is undone: at the most so much longer than was asked for, in seconds.
+LONGEST_RECOVERY = 300.0
 _ID = re.compile(r"[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}")
 
 # Every order was placed under a key, so an order without one is a request that was carried out twice.
@@ -118,7 +120,7 @@ class Driver:
     async def _under_load(self, program: Program) -> None:
         extent = self._extent
         options = Options(
-            program.address.host, program.address.port, extent.clients, extent.seconds, str(self._record),
+            program.address.host, program.address.port, extent.clients, extent.seconds + LONGEST_RECOVERY, str(self._record),
             persistent=True, rate=extent.rate, seed=self.report.seed,
         )  # fmt: skip
         faults = Faults(self._postgres, self._servers.kafka, APP_DATABASE, Victims(program.pid))
@@ -126,9 +128,13 @@ class Driver:
         # One that fails ends the others: a server that does not come back leaves nothing to learn.
         async with asyncio.TaskGroup() as group:
             ticking = group.create_task(self._tick(began))
-            load = group.create_task(send(options))
+            enough = asyncio.Event()
+            load = group.create_task(send(options, enough))
             injections = [group.create_task(self._inject(faults, fault, began)) for fault in self.report.plan]
-            await asyncio.wait([load, *injections])
+            await asyncio.wait([load, group.create_task(asyncio.sleep(extent.seconds))], return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.gather(*injections)
+            enough.set()
+            await load
             ticking.cancel()
         self.report.load = load.result()
         self.report.injected = [task.result() for task in injections]
@@ -173,9 +179,15 @@ class Driver:
         try:
             report.findings = await database.audited(connection, accepted_ids(str(self._record)))
             report.states = {row["state"]: row["orders"] for row in await connection.fetch(_STATES)}
-            violated = [f"{f.invariant} violated {f.violations} times, first: {f.examples[0]}" for f in report.findings if f.violations]
-            placed_twice = [row["id"] for row in await connection.fetch(_ORDERS_WITHOUT_KEY)]
-            violated += [f"order {order_id} was placed under no key: a request was carried out twice" for order_id in placed_twice]
+            violated = [
+                f"{finding.invariant} violated {finding.violations} times, first: {finding.examples[0]}"
+                for finding in report.findings
+                if finding.violations
+            ]
+            violated += [
+                f"order {row['id']} was placed under no key: a request was carried out twice"
+                for row in await connection.fetch(_ORDERS_WITHOUT_KEY)
+            ]
             violated += report.load.contradictions
             report.problems[:0] = violated
             with contextlib.suppress(Unknown):

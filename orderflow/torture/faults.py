@@ -59,7 +59,10 @@ class Faults:
         self._gateway_turn = asyncio.Lock()
 
     async def inject(self, fault: Fault, load_began: float) -> Injected:
-        """Do it, and undo it after its time; `load_began` is monotonic. Raises EmbeddedError when a server does not come back."""
+        """Do it, and undo it after its time; `load_began` is monotonic.
+
+        Raises EmbeddedError when a server does not come back.
+        """
         began = time.monotonic()
         what = await self._action(fault)()
         return Injected(fault, began - load_began, time.monotonic() - load_began, what)

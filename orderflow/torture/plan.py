@@ -66,7 +66,7 @@ def plan(seed: int, seconds: float, *, broker_restarts: bool = True) -> list[Fau
     so that recovery happens under load.
     """
     random = Random(seed)
-    faults = []
+    faults: list[Fault] = []
     at = FIRST_AT
     for kind in _decks(random, [kind for kind in Kind if broker_restarts or kind not in OF_KAFKA]):
         pick = random.randrange(1 << 16)

@@ -1,4 +1,4 @@
-"""Schemathesis against the listening API: every check that it has, over examples, boundaries, random input and call sequences."""
+"""Schemathesis against the listening API: every check that it has, over examples, limits, random input and call sequences."""
 
 from __future__ import annotations
 
@@ -12,35 +12,34 @@ import pytest
 
 from tests.serving import serving
 
-TIME_LIMIT = 90
+TIME_LIMIT = 150
 PHASES = ("Examples", "Coverage", "Fuzzing", "Stateful")
 
-# Two different orders with one key are a 422 by contract, and random keys are often the same: a valid key gets a unique end, so
-# that a valid order has to be taken. Wrong keys are sent as they are.
-HOOKS = r'''
+# Two different orders with one key are a 422 by contract, and random keys are often the same: a valid key gets a unique
+# start, so that a valid order has to be taken. Wrong keys are sent as they are.
+HOOKS = r"""
 import re, uuid
 import schemathesis
 
 @schemathesis.hook
 def before_call(context, case, **kwargs):
     key = (case.headers or {}).get("Idempotency-Key")
-    if isinstance(key, str) and re.fullmatch(r"[!#-~][!-~]{0,254}", key):
-        case.headers["Idempotency-Key"] = key[:200] + uuid.uuid4().hex
-'''
+    if isinstance(key, str) and re.fullmatch(r'[!#-~][!-~]{0,200}|"([!#-\[\]-~]|\\["\\]){1,200}"', key):
+        quote = '"' if key.startswith('"') else ""
+        case.headers["Idempotency-Key"] = quote + uuid.uuid4().hex + key.removeprefix(quote)
+"""
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(TIME_LIMIT + 30)
-async def test_the_api_does_what_its_document_says(
-    database_url: str, connection: asyncpg.Connection, tmp_path: Path
-) -> None:
+async def test_the_api_does_what_its_document_says(database_url: str, connection: asyncpg.Connection, tmp_path: Path) -> None:
     (tmp_path / "hooks.py").write_text(HOOKS)
     # A configuration of its own: otherwise one of a directory above would be found.
     (tmp_path / "schemathesis.toml").write_text("")
     async with serving(database_url) as api:
         program = await asyncio.create_subprocess_exec(
             sys.executable, "-m", "schemathesis.cli", "run", f"{api.url}/openapi.json", "--checks", "all",
-            "--max-examples", "40", "--generation-deterministic", "--no-color", "--no-shrink",
+            "--max-examples", "30", "--generation-deterministic", "--no-color", "--no-shrink",
             cwd=tmp_path, env={**os.environ, "SCHEMATHESIS_HOOKS": "hooks", "PYTHONPATH": str(tmp_path)},
             stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT,
         )  # fmt: skip
@@ -52,7 +51,7 @@ async def test_the_api_does_what_its_document_says(
                 program.kill()
                 await program.wait()
         assert program.returncode == 0, output
-        assert "8 selected / 8 total" in output, output
+        assert "7 selected / 7 total" in output, output
         assert all(f"✅  {phase} " in output for phase in PHASES), output
         # It found the way to place orders, and nothing of what it sent was an error of ours.
         assert await connection.fetchval("SELECT count(*) FROM orders") > 50

@@ -9,6 +9,8 @@ import asyncpg
 
 from tests.serving import USER, Answer, Served, serving
 
+NOT_JSON = "the body is not JSON"
+NO_FIELD = "is not a field of this request"
 NOT_TWO_DECIMALS = "amount: must have at most two decimals"
 OUT_OF_RANGE = "amount: must be from 0.01 to 9999999999.99"
 NOT_A_DECIMAL = "amount: must be digits with at most two decimals, such as 299.99"
@@ -39,7 +41,7 @@ BODIES: dict[str, tuple[str | bytes, int, str]] = {
     "NUL after the body": (amount("1") + "\x00", 400, "the body is not JSON: Extra data (line 1, column 64)"),
     "invalid UTF-8": (user('"\xff"').encode("latin-1"), 400, "the body is not UTF-8 (byte 12)"),
     "UTF-16": (amount("1").encode("utf-16"), 400, "the body is not UTF-8 (byte 0)"),
-    "byte order mark": (b"\xef\xbb\xbf" + amount("1").encode(), 400, "the body is not JSON: Unexpected UTF-8 BOM (decode using utf-8-sig) (line 1, column 1)"),
+    "byte order mark": (b"\xef\xbb\xbf" + amount("1").encode(), 400, f"{NOT_JSON}: Unexpected UTF-8 BOM (decode using utf-8-sig) (line 1, column 1)"),
     "array": ("[]", 422, NOT_AN_OBJECT),
     "null": ("null", 422, NOT_AN_OBJECT),
     "text": ('"x"', 422, NOT_AN_OBJECT),
@@ -76,7 +78,7 @@ BODIES: dict[str, tuple[str | bytes, int, str]] = {
     "userId in braces": (user(f'"{{{USER}}}"'), 422, NOT_A_UUID),
     "userId with an escaped NUL": (user('"\\u0000"'), 422, NOT_A_UUID),
     "extra field": (f'{{"userId": "{USER}", "amount": 1, "coupon": "x"}}', 422, "coupon: is not a field of this request"),
-    "the name in Python's style": (f'{{"user_id": "{USER}", "amount": 1}}', 422, "userId: is required; user_id: is not a field of this request"),
+    "the name in Python's style": (f'{{"user_id": "{USER}", "amount": 1}}', 422, f"userId: is required; user_id: {NO_FIELD}"),
     "extra field with a lone surrogate": (amount('1, "\\ud800": 1'), 422, "body: has a name that is not Unicode"),
     "two wrong fields": ('{"userId": 1, "amount": 0}', 422, f"{NOT_A_UUID}; {OUT_OF_RANGE}"),
 }  # fmt: skip
@@ -207,9 +209,6 @@ async def test_types(database_url: str, connection: asyncpg.Connection) -> None:
         for taken in ("application/json; charset=utf-8", "Application/JSON", "application/json ;charset=UTF-8"):
             answer = await api.ask("POST", "/orders", data=amount("1").encode(), headers={"Content-Type": taken})
             assert answer.status == 201, taken
-        bare = amount("1")
-        raw = f"POST /orders HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Type: application/json\r\nContent-Length: {len(bare)}\r\n\r\n{bare}"
-        assert (await api.send(raw.encode())).startswith(b"HTTP/1.1 201 ")
 
 
 async def test_64_kib_and_one_byte_more(database_url: str, connection: asyncpg.Connection) -> None:

@@ -79,7 +79,9 @@ async def test_without_a_database_it_is_503_and_no_order_appears_later(
     async with serving(url) as api:
         assert (await api.place()).status == 201
         await restartable_postgres.stop()
-        answers = await asyncio.gather(*(api.place(key=f"key-{number}") for number in range(5)), *(api.place() for _ in range(5)))
+        answers = await asyncio.gather(
+            *(api.place(key=f"key-{number}") for number in range(5)), *(api.place() for _ in range(5))
+        )
         assert all(unavailable(answer) for answer in answers)
         assert all("nothing was placed" in answer.body["detail"] for answer in answers)
         assert unavailable(await api.ask("GET", "/orders"))

@@ -104,7 +104,9 @@ async def test_two_services_with_different_bodies_place_one_of_them(database_url
         assert await counts(connection) == (10, 10, 10)
 
 
-async def test_a_key_that_another_process_has_not_committed_is_waited_for(database_url: str, connection: asyncpg.Connection) -> None:
+async def test_a_key_that_another_process_has_not_committed_is_waited_for(
+    database_url: str, connection: asyncpg.Connection
+) -> None:
     """The INSERT waits for the other transaction, then finds its order, or its absence."""
     other = await asyncpg.connect(database_url)
     try:
@@ -127,9 +129,7 @@ async def test_a_key_that_another_process_has_not_committed_is_waited_for(databa
 async def test_many_keys_in_opposite_orders_do_not_deadlock(database_url: str, connection: asyncpg.Connection) -> None:
     async with serving(database_url) as one, serving(database_url) as two:
         keys = [f"key-{number}" for number in range(80)]
-        answers = await asyncio.gather(
-            *(one.place(key=key) for key in keys), *(two.place(key=key) for key in reversed(keys))
-        )
+        answers = await asyncio.gather(*(one.place(key=key) for key in keys), *(two.place(key=key) for key in reversed(keys)))
         assert {answer.status for answer in answers} == {201}
         assert sum(replayed(answer) for answer in answers) == 80
         assert await counts(connection) == (80, 80, 80)

@@ -79,7 +79,9 @@ async def test_a_schema_that_is_too_old_is_refused_with_the_command_that_helps(
         await check(connection)
 
 
-async def test_a_schema_that_is_too_new_is_refused_by_start_and_by_migrate(connection: asyncpg.Connection, database_url: str) -> None:
+async def test_a_schema_that_is_too_new_is_refused_by_start_and_by_migrate(
+    connection: asyncpg.Connection, database_url: str
+) -> None:
     await connection.execute("INSERT INTO schema_version (version) VALUES ($1)", NEXT)
     with pytest.raises(Misconfigured, match=rf"schema version {NEXT}, this program knows {VERSION}: run the newer orderflow"):
         await check(connection)
@@ -98,7 +100,9 @@ async def test_an_upgrade_runs_each_step_once_and_in_order(connection: asyncpg.C
     assert await versions(database_url) == [VERSION, VERSION + 1, VERSION + 2]
 
 
-async def test_a_step_that_fails_half_way_leaves_the_version_before_it(connection: asyncpg.Connection, database_url: str) -> None:
+async def test_a_step_that_fails_half_way_leaves_the_version_before_it(
+    connection: asyncpg.Connection, database_url: str
+) -> None:
     steps = {
         VERSION + 1: "CREATE TABLE first_step ()",
         VERSION + 2: "CREATE TABLE half_done (); INSERT INTO half_done SELECT 1 / 0",

@@ -42,13 +42,24 @@ async def retry(database: Database, event_id: UUID, attempt: int, delay: float =
 
 async def test_what_is_appended_is_fetched_as_it_was(connection: asyncpg.Connection) -> None:
     message = Message(
-        new_id(), "OrderPaid", "order", uuid4(), {"orderId": "x", "amount": "10.50"}, datetime.now(UTC), headers={"traceparent": "00-ab"}
+        new_id(),
+        "OrderPaid",
+        "order",
+        uuid4(),
+        {"orderId": "x", "amount": "10.50"},
+        datetime.now(UTC),
+        headers={"traceparent": "00-ab"},
     )
     await outbox.append(connection, [message])
     (fetched,) = await outbox.fetch_due(connection, EVERYTHING, 10)
     assert isinstance(fetched.payload, str)
     assert json.loads(fetched.payload) == message.payload
-    assert (fetched.id, fetched.type, fetched.aggregate_id, fetched.attempt) == (message.id, "OrderPaid", message.aggregate_id, 1)
+    assert (fetched.id, fetched.type, fetched.aggregate_id, fetched.attempt) == (
+        message.id,
+        "OrderPaid",
+        message.aggregate_id,
+        1,
+    )
     assert fetched.headers == {"traceparent": "00-ab"}
 
 

@@ -41,7 +41,9 @@ STANDINGS = [
 ]
 
 
-async def insert(connection: asyncpg.Connection, state: str, version: int, failure: str | None = None, amount: str = "1") -> UUID:
+async def insert(
+    connection: asyncpg.Connection, state: str, version: int, failure: str | None = None, amount: str = "1"
+) -> UUID:
     order_id = uuid4()
     await connection.execute(
         "INSERT INTO orders (id, user_id, state, version, failure, amount, entered_at)"
@@ -124,7 +126,9 @@ async def test_every_transition_is_legal_here_and_in_the_model_or_in_neither(
 
 async def test_the_jump_to_paid_is_refused_with_a_hint(connection: asyncpg.Connection) -> None:
     order_id = await insert(connection, "CREATED", 1)
-    with pytest.raises(asyncpg.CheckViolationError, match=r"cannot go from CREATED \(version 1\) to PAID \(version 3\)") as refused:
+    with pytest.raises(
+        asyncpg.CheckViolationError, match=r"cannot go from CREATED \(version 1\) to PAID \(version 3\)"
+    ) as refused:
         await connection.execute(
             "UPDATE orders SET state = 'PAID', version = 3, entered_at = array_fill(now(), ARRAY[3]) WHERE id = $1", order_id
         )
@@ -208,7 +212,9 @@ async def test_a_row_of_plain_sql_needs_no_column_of_ours(connection: asyncpg.Co
 
 
 async def test_shards_are_those_of_the_relay_and_about_even(connection: asyncpg.Connection) -> None:
-    await connection.execute("INSERT INTO outbox (event_type, aggregate_id) SELECT 'X', gen_random_uuid() FROM generate_series(1, 4000)")
+    await connection.execute(
+        "INSERT INTO outbox (event_type, aggregate_id) SELECT 'X', gen_random_uuid() FROM generate_series(1, 4000)"
+    )
     counts = dict(await connection.fetch("SELECT shard, count(*) FROM outbox GROUP BY shard"))
     assert sorted(counts) == list(range(SHARDS))
     assert min(counts.values()) > 4000 / SHARDS / 2
@@ -243,7 +249,9 @@ async def test_a_statement_of_many_rows_notifies_once(database_url: str) -> None
     heard: list[str] = []
     try:
         await listener.add_listener("orderflow_outbox", lambda *arguments: heard.append(arguments[3]))
-        await connection.execute("INSERT INTO outbox (event_type, aggregate_id) SELECT 'X', gen_random_uuid() FROM generate_series(1, 500)")
+        await connection.execute(
+            "INSERT INTO outbox (event_type, aggregate_id) SELECT 'X', gen_random_uuid() FROM generate_series(1, 500)"
+        )
         # Notifications arrive in the order of commits: when this one is there, all before it are.
         await connection.execute("NOTIFY orderflow_outbox, 'last'")
         while "last" not in heard:

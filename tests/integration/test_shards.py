@@ -56,7 +56,9 @@ async def test_never_owned_twice_while_many_balance_at_once(relays: list[Shards]
     assert max(len(shards.owned) for shards in relays) == 7
 
 
-async def test_ownership_is_what_the_database_says(relays: list[Shards], database_url: str, connection: asyncpg.Connection) -> None:
+async def test_ownership_is_what_the_database_says(
+    relays: list[Shards], database_url: str, connection: asyncpg.Connection
+) -> None:
     relays += [Shards(database_url), Shards(database_url)]
     await balance(relays)
     held = await connection.fetch(

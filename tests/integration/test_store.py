@@ -62,11 +62,13 @@ async def move(connection: asyncpg.Connection, order_id: Any, new: State, versio
     try:
         async with connection.transaction():
             await connection.execute(
-                "UPDATE orders SET state = $2, version = $3, failure = $4, entered_at = array_fill(now(), ARRAY[$3::integer]) WHERE id = $1",
+                "UPDATE orders SET state = $2, version = $3, failure = $4, "
+                "entered_at = array_fill(now(), ARRAY[$3::integer]) WHERE id = $1",
                 order_id, new, version, failure,
             )  # fmt: skip
     except asyncpg.CheckViolationError as error:
-        assert error.constraint_name == "orders_legal_transition", error
+        if error.constraint_name != "orders_legal_transition":
+            raise
         return False
     return True
 
@@ -146,7 +148,12 @@ async def test_an_order_and_its_event_are_written_together(database: Database, c
     assert event["created_at"] == placed.created_at
     stored = await store.get(database, order.order_id)
     assert stored is not None
-    assert (stored.state, stored.version, stored.amount, stored.entered_at) == (State.CREATED, 1, order.amount, [placed.created_at])
+    assert (stored.state, stored.version, stored.amount, stored.entered_at) == (
+        State.CREATED,
+        1,
+        order.amount,
+        [placed.created_at],
+    )
 
 
 async def test_placing_the_same_rows_again_changes_nothing(database: Database, connection: asyncpg.Connection) -> None:
@@ -163,7 +170,9 @@ async def test_a_key_gives_the_first_order_again_and_refuses_another_body(
 ) -> None:
     first = new_order(key="k")
     [placed] = await store.place(database, [first])
-    again, other, fresh = await store.place(database, [new_order(key="k"), new_order(Decimal("11.00"), key="other"), new_order()])
+    again, other, fresh = await store.place(
+        database, [new_order(key="k"), new_order(Decimal("11.00"), key="other"), new_order()]
+    )
     assert isinstance(placed, Placed)
     assert again == Placed(first.order_id, USER, TEN, placed.created_at, replayed=True)
     assert isinstance(other, Placed)
@@ -228,7 +237,8 @@ async def test_the_timeline_tells_what_became_of_each_event(database: Database, 
     await connection.execute("UPDATE outbox SET published_at = now()")
     await connection.execute("INSERT INTO processed_events (event_id, worker_id) VALUES ($1, 'w')", order.event_id)
     paid = await connection.fetchval(
-        "INSERT INTO outbox (event_type, aggregate_id, available_at) VALUES ('OrderPaid', $1, 'infinity') RETURNING event_id", order.order_id
+        "INSERT INTO outbox (event_type, aggregate_id, available_at) VALUES ('OrderPaid', $1, 'infinity') RETURNING event_id",
+        order.order_id,
     )
     await connection.execute("INSERT INTO dead_letter_events (event_id, reason) VALUES ($1, 'because')", paid)
     created, buried = await store.timeline(database, order.order_id)

@@ -34,7 +34,9 @@ async def woken(event: asyncio.Event) -> None:
     event.clear()
 
 
-async def test_it_says_look_as_soon_as_it_listens_and_after_each_commit(connection: asyncpg.Connection, database_url: str) -> None:
+async def test_it_says_look_as_soon_as_it_listens_and_after_each_commit(
+    connection: asyncpg.Connection, database_url: str
+) -> None:
     async with listening(database_url) as (_, event):
         await woken(event)
         for _ in range(3):
@@ -42,7 +44,9 @@ async def test_it_says_look_as_soon_as_it_listens_and_after_each_commit(connecti
             await woken(event)
 
 
-async def test_nothing_is_told_before_the_commit_nor_after_a_rollback(connection: asyncpg.Connection, database_url: str) -> None:
+async def test_nothing_is_told_before_the_commit_nor_after_a_rollback(
+    connection: asyncpg.Connection, database_url: str
+) -> None:
     async with listening(database_url) as (_, event):
         await woken(event)
         transaction = connection.transaction()
@@ -57,7 +61,9 @@ async def test_nothing_is_told_before_the_commit_nor_after_a_rollback(connection
         assert not event.is_set()
 
 
-async def test_its_connection_is_ended_and_it_comes_back_and_says_look(connection: asyncpg.Connection, database_url: str) -> None:
+async def test_its_connection_is_ended_and_it_comes_back_and_says_look(
+    connection: asyncpg.Connection, database_url: str
+) -> None:
     with watching() as facts:
         async with listening(database_url) as (wake, event):
             for turn in range(1, 4):

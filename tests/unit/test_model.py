@@ -56,7 +56,9 @@ def test_what_the_contract_says() -> None:
     assert {State.PAID, State.FAILED} == TERMINAL
 
 
-@pytest.mark.parametrize(("state", "version"), [("CREATED", 2), ("PAYMENT_PENDING", 1), ("PAID", 1), ("PAID", 2), ("FAILED", 1)])
+@pytest.mark.parametrize(
+    ("state", "version"), [("CREATED", 2), ("PAYMENT_PENDING", 1), ("PAID", 1), ("PAID", 2), ("FAILED", 1)]
+)
 def test_some_ends_have_no_path(state: str, version: int) -> None:
     with pytest.raises(IllegalTransition):
         path_to(State(state), version)

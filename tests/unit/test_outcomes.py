@@ -56,7 +56,9 @@ def test_what_no_retry_can_mend_is_given_up_at_once_with_its_own_reason(failures
     assert POLICY.decide(failures, error, Random(seed)) == Dead("no such thing", error)
 
 
-@pytest.mark.parametrize(("failures", "reason"), [(1, None), (2, None), (3, "Max retries exceeded (3)"), (4, "Max retries exceeded (3)")])
+@pytest.mark.parametrize(
+    ("failures", "reason"), [(1, None), (2, None), (3, "Max retries exceeded (3)"), (4, "Max retries exceeded (3)")]
+)
 def test_three_attempts(failures: int, reason: str | None) -> None:
     decided = POLICY.decide(failures, ValueError("no"), Random(1))
     assert (decided.reason if isinstance(decided, Dead) else None) == reason

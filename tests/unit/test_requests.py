@@ -20,7 +20,11 @@ from orderflow.orders.problems import Problem
 from orderflow.orders.schemas import parse_uuid
 
 
-@given(st.recursive(st.none() | st.booleans() | st.integers() | st.text(), lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner)))
+@given(
+    st.recursive(
+        st.none() | st.booleans() | st.integers() | st.text(), lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner)
+    )
+)
 def test_what_json_writes_is_read(document: object) -> None:
     assert parse(json.dumps(document).encode()) == document
 
@@ -59,7 +63,8 @@ def test_quoted_and_bare_forms_are_one_key(header: str, key: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "header", ["", " ", '""', '"', '"abc', '"abc"x', r'"a\b"', "a b", '"a b"', "é", "a\x00b", "a\tb", "x" * 256, '"' + "x" * 256 + '"']
+    "header",
+    ["", " ", '""', '"', '"abc', '"abc"x', r'"a\b"', "a b", '"a b"', "é", "a\x00b", "a\tb", "x" * 256, '"' + "x" * 256 + '"'],
 )
 def test_what_is_not_a_key_is_refused(header: str) -> None:
     with pytest.raises(ValueError, match="1 to 255 visible ASCII"):
@@ -79,8 +84,12 @@ def test_one_request_has_one_hash() -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["", "x", "3f0c8a526d1e4b7f9a430c5d2e8f7b61", "{3f0c8a52-6d1e-4b7f-9a43-0c5d2e8f7b61}", "3f0c8a52-6d1e-4b7f-9a43-0c5d2e8f7b6\n",
-             "3f0c8a5-26d1e-4b7f-9a43-0c5d2e8f7b61", "urn:uuid:3f0c8a52-6d1e-4b7f-9a43-0c5d2e8f7b61", "３f0c8a52-6d1e-4b7f-9a43-0c5d2e8f7b61"],
+    "text",
+    [
+        "", "x", "3f0c8a526d1e4b7f9a430c5d2e8f7b61", "{3f0c8a52-6d1e-4b7f-9a43-0c5d2e8f7b61}",
+        "3f0c8a52-6d1e-4b7f-9a43-0c5d2e8f7b6\n", "3f0c8a5-26d1e-4b7f-9a43-0c5d2e8f7b61",
+        "urn:uuid:3f0c8a52-6d1e-4b7f-9a43-0c5d2e8f7b61", "３f0c8a52-6d1e-4b7f-9a43-0c5d2e8f7b61",
+    ],
 )  # fmt: skip
 def test_only_the_usual_form_is_a_uuid(text: str) -> None:
     with pytest.raises(ValueError, match="must be a UUID"):
@@ -110,7 +119,8 @@ def test_anything_else_is_no_cursor(text: str) -> None:
     [
         ({"limit": "0"}, ["limit"]), ({"limit": "501"}, ["limit"]), ({"limit": "-1"}, ["limit"]), ({"limit": "٥"}, ["limit"]),
         ({"limit": "1.0"}, ["limit"]), ({"limit": "9" * 5000}, ["limit"]), ({"state": "paid"}, ["state"]),
-        ({"state": "PAID\x00"}, ["state"]), ({"after": "AAAA"}, ["after"]), ({"state": "x", "limit": "x", "after": "x"}, ["state", "limit", "after"]),
+        ({"state": "PAID\x00"}, ["state"]), ({"after": "AAAA"}, ["after"]),
+        ({"state": "x", "limit": "x", "after": "x"}, ["state", "limit", "after"]),
     ],
 )  # fmt: skip
 def test_each_wrong_parameter_is_named(query: dict[str, str], fields: list[str]) -> None:

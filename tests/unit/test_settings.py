@@ -73,7 +73,7 @@ def test_every_shared_flag_wins_over_its_variable(name: str, monkeypatch: pytest
         ("ORDERFLOW_GATEWAY_SUCCESS_RATE", "1.1"),
         ("ORDERFLOW_GATEWAY_SUCCESS_RATE", "nan"),
         ("ORDERFLOW_GATEWAY_DELAY_MS", "-1"),
-        ("ORDERFLOW_MAX_ATTEMPTS", "4"),
+        ("ORDERFLOW_MAX_ATTEMPTS", "0"),
         ("ORDERFLOW_LOG_FORMAT", "xml"),
         ("ORDERFLOW_TOPIC", "no blanks"),
         ("ORDERFLOW_WORKER_ID", ""),

@@ -25,7 +25,7 @@ from orderflow.settings import Settings, environment_name
 
 TERMINAL = ("PAID", "FAILED")
 # What the walk-through checks holds for the contract's gateway, whatever the environment says.
-PINNED = ("gateway_delay_ms", "gateway_success_rate", "gateway_seed")
+PINNED = ("gateway_delay_ms", "gateway_success_rate", "gateway_seed", "max_attempts")
 HTTP_TIMEOUT = aiohttp.ClientTimeout(total=10.0)
 
 

@@ -1,0 +1,512 @@
+"""Payments: every answer of a gateway, and every silence, brings the order to the right end with one charge at the most."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from decimal import Decimal
+from typing import Any
+from uuid import UUID
+
+import asyncpg
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from orderflow.engine.ids import new_id
+from orderflow.payments.gateway import Charge, ChargeFailed, ChargeRequest, ChargeUnknown, Declined, idempotency_key
+from orderflow.payments.simulated import Mode, SimulatedGateway
+from tests.pipeline import (
+    Facts,
+    FakeGateway,
+    charges_of,
+    dead_letter,
+    events_of,
+    executing,
+    is_processed,
+    one_database,
+    opened,
+    order_row,
+    place,
+    record_of,
+    set_mode,
+    watching,
+)
+
+database_url = one_database
+TRACE = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01"
+
+
+def raising(error: Exception) -> Callable[[Any], Any]:
+    """A gateway's behaviour: always this error."""
+
+    def behave(_: Any) -> Any:
+        raise error
+
+    return behave
+
+
+FAILING = raising(ChargeFailed("Payment gateway error: Insufficient funds"))
+
+
+def hanging(_: Any) -> Any:
+    return asyncio.get_running_loop().create_future()
+
+
+async def deliver(
+    connection: asyncpg.Connection, url: str, gateway: Any, event_id: UUID, times: int = 1, timeout: float = 5.0
+) -> Facts:
+    """Deliver the event as the attempt that it is at, that many times; returns what was told."""
+    with watching() as facts:
+        async with executing(url, gateway, timeout=timeout) as executor:
+            for _ in range(times):
+                await executor.execute(await record_of(connection, event_id))
+    return facts
+
+
+async def last_event(connection: asyncpg.Connection, order_id: UUID) -> tuple[dict[str, Any], dict[str, Any]]:
+    row = await connection.fetchrow(
+        "SELECT payload, headers FROM outbox WHERE aggregate_id = $1 ORDER BY seq DESC LIMIT 1", order_id
+    )
+    return json.loads(row["payload"]), json.loads(row["headers"] or "{}")
+
+
+async def test_success(connection: asyncpg.Connection, database_url: str) -> None:
+    ((order_id, event_id),) = await place(connection, amount="299.99", trace=TRACE)
+    gateway = FakeGateway()
+    facts = await deliver(connection, database_url, gateway, event_id)
+    assert await order_row(connection, order_id) == ("PAID", 3, None)
+    assert [(fact.event, dict(fact.fields)) for fact in facts.seen] == [
+        ("EVENT_RECEIVED", {"eventId": event_id, "eventType": "OrderCreated"}),
+        ("STATE_CHANGE", {"orderId": order_id, "oldState": "CREATED", "newState": "PAYMENT_PENDING"}),
+        ("PAYMENT_RESULT", {"orderId": order_id, "status": "SUCCESS"}),
+        ("STATE_CHANGE", {"orderId": order_id, "oldState": "PAYMENT_PENDING", "newState": "PAID"}),
+        ("EVENT_PROCESSED", {"eventId": event_id, "eventType": "OrderCreated"}),
+    ]
+    assert gateway.requests == [ChargeRequest(order_id, idempotency_key(order_id), Decimal("299.99"))]
+    # An order that was fresh has no charge to be found.
+    assert gateway.asked == []
+    payload, headers = await last_event(connection, order_id)
+    assert (payload["orderId"], payload["amount"]) == (str(order_id), "299.99")
+    assert payload["chargeId"] == str(gateway.charges[order_id].id)
+    assert headers == {"traceparent": TRACE}
+    entered = await connection.fetchval("SELECT entered_at FROM orders WHERE id = $1", order_id)
+    assert entered == sorted(entered)
+
+
+async def test_declined_at_once_without_a_retry_or_a_dead_letter(connection: asyncpg.Connection, database_url: str) -> None:
+    ((order_id, event_id),) = await place(connection)
+    gateway = FakeGateway()
+    gateway.on_charge = raising(Declined("Payment declined"))
+    facts = await deliver(connection, database_url, gateway, event_id, times=2)
+    assert await order_row(connection, order_id) == ("FAILED", 3, "declined")
+    assert await events_of(connection, order_id) == ["OrderCreated", "OrderFailed"]
+    assert await is_processed(connection, event_id)
+    assert await dead_letter(connection, event_id) is None
+    assert facts.of("PAYMENT_RESULT") == [{"orderId": order_id, "status": "DECLINED"}]
+    assert facts.of("PROCESSING_ERROR") + facts.of("RETRY_SCHEDULED") + facts.of("DLQ_EVENT") == []
+    assert len(gateway.requests) == 1
+    assert (await last_event(connection, order_id))[0]["reason"] == "Payment declined"
+
+
+async def test_three_errors(connection: asyncpg.Connection, database_url: str) -> None:
+    ((order_id, event_id),) = await place(connection)
+    gateway = FakeGateway()
+    gateway.on_charge = FAILING
+    facts = await deliver(connection, database_url, gateway, event_id, times=4)
+    error = "Payment gateway error: Insufficient funds"
+    assert facts.of("PROCESSING_ERROR") == [{"eventId": event_id, "error": error, "retryCount": n} for n in (1, 2, 3)]
+    retries = facts.of("RETRY_SCHEDULED", eventId=event_id)
+    assert [(retry["retryCount"], retry["maxRetries"]) for retry in retries] == [(1, 3), (2, 3)]
+    assert facts.of("DLQ_EVENT") == [{"eventId": event_id, "reason": "Max retries exceeded (3)"}]
+    assert len(facts.of("DUPLICATE_EVENT")) == 1
+    assert await order_row(connection, order_id) == ("FAILED", 3, "error")
+    assert await events_of(connection, order_id) == ["OrderCreated", "OrderFailed"]
+    assert not await is_processed(connection, event_id)
+    letter = await dead_letter(connection, event_id)
+    assert letter is not None
+    assert (letter["reason"], letter["error_class"], letter["error_message"]) == (
+        "Max retries exceeded (3)",
+        "ChargeFailed",
+        error,
+    )
+    assert (letter["event_type"], letter["aggregate_id"], letter["worker_id"]) == ("OrderCreated", order_id, "payment-worker-1")
+    attempts = json.loads(letter["attempts"])
+    assert [(a["attempt"], a["error"], a["message"]) for a in attempts] == [(n, "ChargeFailed", error) for n in (1, 2, 3)]
+    assert [a["at"] for a in attempts] == sorted(a["at"] for a in attempts)
+    assert len({request.idempotency_key for request in gateway.requests}) == 1
+    # Before it was given up, and at each attempt that found the order pending, the gateway was asked.
+    assert gateway.asked == [order_id] * 3
+    assert await connection.fetchval("SELECT available_at = 'infinity' FROM outbox WHERE event_id = $1", event_id)
+
+
+async def test_an_error_that_passes(connection: asyncpg.Connection, database_url: str) -> None:
+    ((order_id, event_id),) = await place(connection)
+    gateway = FakeGateway()
+    gateway.on_charge = FAILING
+    await deliver(connection, database_url, gateway, event_id, times=2)
+    assert await order_row(connection, order_id) == ("PAYMENT_PENDING", 2, None)
+    gateway.on_charge = gateway.book
+    facts = await deliver(connection, database_url, gateway, event_id)
+    assert await order_row(connection, order_id) == ("PAID", 3, None)
+    assert [fact.event for fact in facts.seen] == ["EVENT_RECEIVED", "PAYMENT_RESULT", "STATE_CHANGE", "EVENT_PROCESSED"]
+    failures = json.loads(await connection.fetchval("SELECT failures FROM outbox WHERE event_id = $1", event_id))
+    assert [entry["attempt"] for entry in failures] == [1, 2]
+    assert len(gateway.charges) == 1
+
+
+@pytest.mark.parametrize(
+    "error", [ChargeUnknown("lost"), TimeoutError(), ConnectionResetError("reset"), asyncpg.ConnectionDoesNotExistError("gone")]
+)
+async def test_the_charge_is_made_and_the_answer_is_lost(
+    connection: asyncpg.Connection, database_url: str, error: Exception
+) -> None:
+    ((order_id, event_id),) = await place(connection)
+    gateway = FakeGateway()
+
+    def charge(request: ChargeRequest) -> Charge:
+        gateway.book(request)
+        raise error
+
+    gateway.on_charge = charge
+    facts = await deliver(connection, database_url, gateway, event_id)
+    assert await order_row(connection, order_id) == ("PAID", 3, None)
+    assert len(gateway.requests) == len(gateway.charges) == 1
+    assert facts.of("PROCESSING_ERROR") == []
+
+
+async def test_no_answer_and_no_charge_is_bounded_and_tried_again(connection: asyncpg.Connection, database_url: str) -> None:
+    ((order_id, event_id),) = await place(connection)
+    gateway = FakeGateway()
+    gateway.on_charge = hanging
+    facts = await deliver(connection, database_url, gateway, event_id, timeout=0.05)
+    (error,) = facts.of("PROCESSING_ERROR")
+    assert (error["retryCount"], error["error"]) == (1, "Payment gateway timeout: no answer within 0.05 s")
+    assert await order_row(connection, order_id) == ("PAYMENT_PENDING", 2, None)
+    gateway.on_charge = gateway.book
+    await deliver(connection, database_url, gateway, event_id)
+    assert await order_row(connection, order_id) == ("PAID", 3, None)
+
+
+async def test_an_answer_that_comes_too_late_is_found_the_next_time(connection: asyncpg.Connection, database_url: str) -> None:
+    ((order_id, event_id),) = await place(connection)
+    gateway = FakeGateway()
+    gateway.on_charge = hanging
+    await deliver(connection, database_url, gateway, event_id, timeout=0.05)
+    # The gateway has worked on; the next attempt asks before it charges.
+    charge = gateway.book(gateway.requests[0])
+    gateway.on_charge = raising(AssertionError("charged again"))
+    await deliver(connection, database_url, gateway, event_id)
+    assert await order_row(connection, order_id) == ("PAID", 3, None)
+    assert (await last_event(connection, order_id))[0]["chargeId"] == str(charge.id)
+
+
+@pytest.mark.parametrize("charged", [False, True])
+async def test_an_order_that_is_pending_already_is_resumed(
+    connection: asyncpg.Connection, database_url: str, charged: bool
+) -> None:
+    ((order_id, event_id),) = await place(connection)
+    # A worker died here: pending is committed, and nobody knows about the charge.
+    await connection.execute(
+        "UPDATE orders SET state = 'PAYMENT_PENDING', version = 2, entered_at = entered_at || now() WHERE id = $1", order_id
+    )
+    gateway = FakeGateway()
+    if charged:
+        gateway.book(ChargeRequest(order_id, idempotency_key(order_id), Decimal("10.50")))
+    facts = await deliver(connection, database_url, gateway, event_id)
+    assert await order_row(connection, order_id) == ("PAID", 3, None)
+    assert gateway.asked == [order_id]
+    assert len(gateway.requests) == (0 if charged else 1)
+    assert len(gateway.charges) == 1
+    assert [change["newState"] for change in facts.of("STATE_CHANGE")] == ["PAID"]
+
+
+async def test_a_charge_that_exists_after_three_errors_is_not_given_up(
+    connection: asyncpg.Connection, database_url: str
+) -> None:
+    ((order_id, event_id),) = await place(connection)
+    gateway = FakeGateway()
+    asked: list[UUID] = []
+
+    def find(reference: UUID) -> Charge | None:
+        # It shows up only at the very last question, the one before the burial.
+        asked.append(reference)
+        return None if len(asked) < 3 else Charge(new_id(), reference, Decimal("10.50"), None)  # type: ignore[arg-type]
+
+    gateway.on_charge, gateway.on_find = FAILING, find
+    facts = await deliver(connection, database_url, gateway, event_id, times=3)
+    assert len(facts.of("PROCESSING_ERROR")) == 3
+    assert facts.of("DLQ_EVENT") == []
+    assert await order_row(connection, order_id) == ("PAID", 3, None)
+    assert await dead_letter(connection, event_id) is None
+    assert await is_processed(connection, event_id)
+
+
+@pytest.mark.parametrize(
+    "silence", [raising(ChargeUnknown("no idea")), raising(ConnectionResetError()), hanging], ids=["unknown", "reset", "hang"]
+)
+async def test_a_gateway_that_cannot_tell_keeps_the_order_pending(
+    connection: asyncpg.Connection, database_url: str, silence: Callable[[Any], Any]
+) -> None:
+    ((order_id, event_id),) = await place(connection)
+    gateway = FakeGateway()
+    gateway.on_charge, gateway.on_find = FAILING, silence
+    facts = await deliver(connection, database_url, gateway, event_id, times=6, timeout=0.05)
+    assert await order_row(connection, order_id) == ("PAYMENT_PENDING", 2, None)
+    assert facts.of("DLQ_EVENT") == []
+    assert len(facts.of("RETRY_SCHEDULED")) == 6
+    assert await dead_letter(connection, event_id) is None
+    # It can tell again: no charge was made, and the attempts are spent.
+    gateway.on_find = gateway.charges.get
+    facts = await deliver(connection, database_url, gateway, event_id)
+    assert facts.of("DLQ_EVENT", reason="Max retries exceeded (3)")
+    assert await order_row(connection, order_id) == ("FAILED", 3, "error")
+
+
+async def test_a_find_that_is_broken_for_good_is_no_reason_to_give_up_either(
+    connection: asyncpg.Connection, database_url: str
+) -> None:
+    ((order_id, event_id),) = await place(connection)
+    gateway = FakeGateway()
+    gateway.on_charge, gateway.on_find = FAILING, raising(KeyError("a bug in the client"))
+    facts = await deliver(connection, database_url, gateway, event_id, times=5)
+    assert facts.of("DLQ_EVENT") == []
+    assert await order_row(connection, order_id) == ("PAYMENT_PENDING", 2, None)
+
+
+async def test_a_charge_that_ends_after_the_burial_by_another_delivery(
+    connection: asyncpg.Connection, database_url: str
+) -> None:
+    ((order_id, event_id),) = await place(connection)
+    slow, failing = FakeGateway(), FakeGateway()
+    answer: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+    charging = asyncio.Event()
+
+    async def book_later(request: ChargeRequest) -> Charge:
+        charging.set()
+        await answer
+        return slow.book(request)
+
+    slow.on_charge = book_later
+    failing.on_charge = FAILING
+    with watching() as facts:
+        async with executing(database_url, slow, worker_id="slow") as executor:
+            work = asyncio.create_task(executor.execute(await record_of(connection, event_id)))
+            await asyncio.wait_for(charging.wait(), 30)
+            # Its partition went to another worker, for which the gateway only has errors.
+            await deliver(connection, database_url, failing, event_id, times=3)
+            assert await order_row(connection, order_id) == ("FAILED", 3, "error")
+            assert await dead_letter(connection, event_id) is not None
+            answer.set_result(None)
+            await asyncio.wait_for(work, 30)
+    assert await order_row(connection, order_id) == ("PAID", 5, None)
+    assert await dead_letter(connection, event_id) is None
+    assert await is_processed(connection, event_id)
+    assert await events_of(connection, order_id) == ["OrderCreated", "OrderFailed", "OrderPaid"]
+    assert len(slow.charges) == 1
+    assert len(facts.of("PAYMENT_RESULT", status="SUCCESS")) == 1
+
+
+async def test_a_decline_that_comes_after_the_burial_changes_nothing(connection: asyncpg.Connection, database_url: str) -> None:
+    ((order_id, event_id),) = await place(connection)
+    slow, failing = FakeGateway(), FakeGateway()
+    answer: asyncio.Future[Charge] = asyncio.get_running_loop().create_future()
+    slow.on_charge, failing.on_charge = (lambda _: answer), FAILING
+    async with executing(database_url, slow, worker_id="slow") as executor:
+        work = asyncio.create_task(executor.execute(await record_of(connection, event_id)))
+        async with asyncio.timeout(30):
+            while not slow.requests:
+                await asyncio.sleep(0)
+        await deliver(connection, database_url, failing, event_id, times=3)
+        answer.set_exception(Declined("Payment declined"))
+        await asyncio.wait_for(work, 30)
+    assert await order_row(connection, order_id) == ("FAILED", 3, "error")
+    assert await events_of(connection, order_id) == ["OrderCreated", "OrderFailed"]
+    assert not await is_processed(connection, event_id)
+
+
+async def test_a_settlement_and_a_burial_at_the_same_moment(connection: asyncpg.Connection, database_url: str) -> None:
+    placed = await place(connection, 20)
+    await connection.execute("UPDATE outbox SET attempt = 3 WHERE event_id = ANY($1)", [event_id for _, event_id in placed])
+    together = asyncio.Barrier(2 * len(placed))
+
+    def gateway_that(answers: bool) -> FakeGateway:
+        gateway = FakeGateway()
+
+        async def behave(request: ChargeRequest) -> Charge:
+            await together.wait()
+            return gateway.book(request) if answers else FAILING(request)
+
+        gateway.on_charge = behave
+        return gateway
+
+    paying, failing = gateway_that(True), gateway_that(False)
+    async with executing(database_url, paying, worker_id="a") as one, executing(database_url, failing, worker_id="b") as other:
+        records = [await record_of(connection, event_id) for _, event_id in placed]
+        work = [executor.execute(record) for record in records for executor in (one, other)]
+        await asyncio.wait_for(asyncio.gather(*work), 60)
+    for order_id, event_id in placed:
+        state, version, _ = await order_row(connection, order_id)
+        # Whoever was first: money was taken, so the order is paid, and the event is processed and not dead-lettered.
+        assert (state, version) in {("PAID", 3), ("PAID", 5)}
+        assert await is_processed(connection, event_id)
+        assert await dead_letter(connection, event_id) is None
+        assert (await events_of(connection, order_id)).count("OrderPaid") == 1
+        assert (await events_of(connection, order_id)).count("OrderFailed") == (version - 3) // 2
+
+
+# ------------------------------------------------------------------------------------------ the simulated gateway
+
+
+@asynccontextmanager
+async def simulated(url: str, **options: Any) -> AsyncIterator[SimulatedGateway]:
+    async with opened(url) as database:
+        gateway = SimulatedGateway(database, **{"delay": 0.0, **options})
+        try:
+            yield gateway
+        finally:
+            await gateway.close()
+
+
+def request_for(order_id: UUID, amount: str = "10.50") -> ChargeRequest:
+    return ChargeRequest(order_id, idempotency_key(order_id), Decimal(amount))
+
+
+async def attempt(gateway: SimulatedGateway, order_id: UUID) -> str:
+    try:
+        await gateway.charge(request_for(order_id))
+    except (Declined, ChargeFailed, ChargeUnknown) as error:
+        return type(error).__name__
+    return "settled"
+
+
+def pure(seed: int, rate: float = 0.7) -> SimulatedGateway:
+    return SimulatedGateway(None, success_rate=rate, seed=seed)  # type: ignore[arg-type]
+
+
+@given(st.uuids(), st.integers(-(2**70), 2**70))
+def test_the_outcome_is_a_pure_function_of_seed_and_order(order_id: UUID, seed: int) -> None:
+    assert pure(seed).would_succeed(order_id) is pure(seed).would_succeed(order_id)
+    assert pure(seed, rate=1.0).would_succeed(order_id)
+    assert not pure(seed, rate=0.0).would_succeed(order_id)
+
+
+@pytest.mark.parametrize("seed", [1, 2, 20261123])
+def test_about_seventy_percent_succeed_and_another_seed_picks_others(seed: int) -> None:
+    orders = [new_id() for _ in range(20_000)]
+    chosen = {order_id for order_id in orders if pure(seed).would_succeed(order_id)}
+    # Five standard deviations: 0.7 +- 0.016.
+    assert 0.684 < len(chosen) / len(orders) < 0.716
+    assert chosen != {order_id for order_id in orders if pure(seed + 1).would_succeed(order_id)}
+
+
+async def test_modes_switch_at_run_time(connection: asyncpg.Connection, database_url: str) -> None:
+    async with simulated(database_url, success_rate=1.0) as gateway:
+        for mode, outcome, entries in [
+            ("succeed", "settled", ["settled"]),
+            ("decline", "Declined", ["declined"]),
+            ("error", "ChargeFailed", []),
+            ("timeout", "ChargeUnknown", ["settled"]),
+            ("random", "settled", ["settled"]),
+        ]:
+            await set_mode(connection, mode)
+            order_id = new_id()
+            assert (mode, await attempt(gateway, order_id)) == (mode, outcome)
+            assert await charges_of(connection, order_id) == entries
+        await set_mode(connection, "hang")
+        order_id = new_id()
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(gateway.charge(request_for(order_id)), 0.1)
+        assert await charges_of(connection, order_id) == []
+        await set_mode(connection, "random")
+
+
+def test_every_mode_has_a_test_above() -> None:
+    assert set(Mode) == {"succeed", "decline", "error", "timeout", "random", "hang"}
+
+
+async def test_the_ledger_and_the_key_survive_a_restart(connection: asyncpg.Connection, database_url: str) -> None:
+    await set_mode(connection, "succeed")
+    order_id = new_id()
+    async with simulated(database_url) as gateway:
+        first = await gateway.charge(request_for(order_id))
+    # Another process, another mode: the same key gets the same answer.
+    await set_mode(connection, "decline")
+    async with simulated(database_url) as gateway:
+        assert (await gateway.charge(request_for(order_id))).id == first.id
+        found = await gateway.find(order_id)
+        assert found is not None
+        assert (found.id, found.amount) == (first.id, Decimal("10.50"))
+        assert await gateway.find(new_id()) is None
+    await set_mode(connection, "random")
+    assert await charges_of(connection, order_id) == ["settled"]
+
+
+async def test_a_declined_charge_is_not_found_and_stays_declined(connection: asyncpg.Connection, database_url: str) -> None:
+    order_id = new_id()
+    await set_mode(connection, "decline")
+    async with simulated(database_url) as gateway:
+        assert await attempt(gateway, order_id) == "Declined"
+        await set_mode(connection, "succeed")
+        assert await attempt(gateway, order_id) == "Declined"
+        assert await gateway.find(order_id) is None
+    await set_mode(connection, "random")
+
+
+async def test_the_same_key_at_the_same_moment_charges_once(connection: asyncpg.Connection, database_url: str) -> None:
+    await set_mode(connection, "succeed")
+    orders = [new_id() for _ in range(5)]
+    async with simulated(database_url) as one, simulated(database_url) as other:
+        charges = await asyncio.gather(*(g.charge(request_for(o)) for o in orders for g in (one, other) for _ in range(4)))
+    assert len({charge.id for charge in charges}) == 5
+    for order_id in orders:
+        assert await charges_of(connection, order_id) == ["settled"]
+    await set_mode(connection, "random")
+
+
+@pytest.mark.parametrize(
+    ("mode", "row", "charges"),
+    [
+        ("succeed", ("PAID", 3, None), ["settled"]),
+        ("decline", ("FAILED", 3, "declined"), ["declined"]),
+        ("timeout", ("PAID", 3, None), ["settled"]),
+        ("error", ("PAYMENT_PENDING", 2, None), []),
+        ("hang", ("PAYMENT_PENDING", 2, None), []),
+    ],
+)
+async def test_an_order_in_each_mode(
+    connection: asyncpg.Connection, database_url: str, mode: str, row: tuple[str, int, str | None], charges: list[str]
+) -> None:
+    ((order_id, event_id),) = await place(connection)
+    await set_mode(connection, mode)
+    async with simulated(database_url, success_rate=1.0) as gateway:
+        facts = await deliver(connection, database_url, gateway, event_id, timeout=0.3 if mode == "hang" else 5.0)
+    await set_mode(connection, "random")
+    assert await order_row(connection, order_id) == row
+    assert await charges_of(connection, order_id) == charges
+    assert len(facts.of("RETRY_SCHEDULED")) == (row[0] == "PAYMENT_PENDING")
+
+
+async def test_a_lost_answer_that_would_have_been_a_decline(connection: asyncpg.Connection, database_url: str) -> None:
+    ((order_id, event_id),) = await place(connection)
+    await set_mode(connection, "timeout")
+    async with simulated(database_url, success_rate=0.0) as gateway:
+        await deliver(connection, database_url, gateway, event_id, times=2)
+    await set_mode(connection, "random")
+    # Nothing is settled, so the first attempt cannot know; the second gets the declined answer by its key.
+    assert await order_row(connection, order_id) == ("FAILED", 3, "declined")
+    assert await charges_of(connection, order_id) == ["declined"]
+
+
+async def test_the_ledger_s_database_is_gone_while_it_charges(connection: asyncpg.Connection, database_url: str) -> None:
+    ((order_id, event_id),) = await place(connection)
+    async with opened(database_url, application="ledger") as ledger:
+        gateway = SimulatedGateway(ledger, delay=0.0, success_rate=1.0)
+        await ledger.fetchval("SELECT 1")
+        await connection.execute("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE application_name = 'ledger'")
+        await deliver(connection, database_url, gateway, event_id, times=2)
+        await gateway.close()
+    assert await order_row(connection, order_id) == ("PAID", 3, None)
+    assert await charges_of(connection, order_id) == ["settled"]
