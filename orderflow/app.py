@@ -84,7 +84,11 @@ def services(settings: Settings, roles: Sequence[Role], health: Health, totals: 
     if "api" in roles:
         chosen.append(Api(settings, opener(settings, "api"), health, metrics.render, wake=woken.set))
     elif settings.metrics_port:
-        chosen.append(Operations(settings.http_host, settings.metrics_port, health, metrics.render))
+        chosen.append(
+            Operations(
+                settings.http_host, settings.metrics_port, health, metrics.render, reuse_port=settings.http_reuse_port
+            )
+        )
     if "publisher" in roles:
         chosen.append(relay_of(settings, kafka, woken, health))
         chosen.append(Janitor(opener(settings, "janitor", timeout=JANITOR_TIMEOUT_SECONDS), horizon=settings.reconcile_seconds))

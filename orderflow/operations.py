@@ -62,11 +62,13 @@ class Operations:
 
     name = "operations"
 
-    def __init__(self, host: str, port: int, health: Health, metrics: Metrics) -> None:
+    def __init__(self, host: str, port: int, health: Health, metrics: Metrics, *, reuse_port: bool = False) -> None:
         self._host = host
         self._wanted = port
         self._health = health
         self._metrics = metrics
+        # Processes of one parent share the port, and their metrics: each answers for all.
+        self._reuse_port = reuse_port
         self.port = 0
 
     async def run(self, stopping: asyncio.Event) -> None:
@@ -76,7 +78,7 @@ class Operations:
         runner = Runner(app, drain_seconds=1.0)
         try:
             await runner.setup()
-            self.port = await listen(runner, self._host, self._wanted, reuse_port=False, port_setting="ORDERFLOW_METRICS_PORT")
+            self.port = await listen(runner, self._host, self._wanted, reuse_port=self._reuse_port, port_setting="ORDERFLOW_METRICS_PORT")
             emit(PROCESS, "STARTUP", message=f"health and metrics on http://{self._host}:{self.port}")
             await stopping.wait()
         finally:
