@@ -125,6 +125,8 @@ def _welcome(settings: Settings, postgres: EmbeddedPostgres, broker: EmbeddedBro
         f"  Data        {postgres.data_dir}",
         "",
     ]
+    exports = f"KAFKA_BOOTSTRAP_SERVERS={broker.bootstrap}"
     if postgres.port != 5432:
-        lines += ["  For the other commands, in another terminal:", f"    export DATABASE_URL={postgres.url}", ""]
+        exports += f" DATABASE_URL={postgres.url}"
+    lines += ["  For `orderflow doctor`, `explain` and the others, in another terminal:", f"    export {exports}", ""]
     print("\n".join(lines), file=sys.stderr, flush=True)

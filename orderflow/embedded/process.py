@@ -46,8 +46,9 @@ def require_posix() -> None:
 class GuardedChild:
     """One server process under its guard (see `guard.py`)."""
 
-    def __init__(self, name: str, guard: subprocess.Popen[bytes], log: Path, log_start: int) -> None:
+    def __init__(self, name: str, guard: subprocess.Popen[bytes], log: Path, log_start: int, stop_timeout: float) -> None:
         self.name = name
+        self._stop_timeout = stop_timeout
         self.log = log
         self._log_start = log_start
         self._guard = guard
@@ -92,7 +93,7 @@ class GuardedChild:
         # Isolated and without site: nothing in the environment or the working directory can change what the
         # guard is.
         guard_command = [sys.executable, "-I", "-S", str(GUARD), *options, "--", *map(str, command)]
-        child = cls._popen(guard_command, name, log, cwd, env, keep_fds)
+        child = cls._popen(guard_command, name, log, stop_timeout, cwd, env, keep_fds)
         try:
             await _result(child._started, SPAWN_TIMEOUT)
         except TimeoutError:
@@ -109,6 +110,7 @@ class GuardedChild:
         guard_command: list[str],
         name: str,
         log: Path,
+        stop_timeout: float,
         cwd: Path | None,
         env: Mapping[str, str] | None,
         keep_fds: Sequence[int],
@@ -128,7 +130,7 @@ class GuardedChild:
                 bufsize=0,
                 start_new_session=True,  # Ctrl-C reaches the parent only, which stops its servers in order
             )
-            return cls(name, guard, log, stream.tell())
+            return cls(name, guard, log, stream.tell(), stop_timeout)
 
     def _read_reports(self) -> None:
         assert self._guard.stdout is not None
@@ -201,10 +203,8 @@ class GuardedChild:
 
     async def stop(self, timeout: float | None = None) -> int:
         """Send the stop signal, SIGKILL after `timeout` seconds (default: as spawned); returns the code."""
-        if timeout is None:
-            self._close_stdin()
-        else:
-            await self._tell(f"stop {timeout}")
+        # By a command and not by closing the pipe: a kill() must still get through while we wait.
+        await self._tell(f"stop {self._stop_timeout if timeout is None else timeout}")
         return await self.wait()
 
     async def kill(self) -> int:

@@ -38,7 +38,8 @@ class Kafka:
     password: str | None = None
     ca_file: str | None = None
 
-    def _common(self) -> dict[str, Any]:
+    def options(self) -> dict[str, Any]:
+        """What every aiokafka client of this cluster is made with."""
         options: dict[str, Any] = {
             "bootstrap_servers": [server.strip() for server in self.bootstrap.split(",")],
             "request_timeout_ms": int(self.timeout * 1000),
@@ -60,7 +61,7 @@ class Kafka:
         Raises DependencyUnavailable when no broker answers in time.
         """
         producer = AIOKafkaProducer(
-            **self._common(), client_id="orderflow-publisher", acks="all", enable_idempotence=True,
+            **self.options(), client_id="orderflow-publisher", acks="all", enable_idempotence=True,
             max_batch_size=256 * 1024, max_request_size=MAX_RECORD_BYTES, retry_backoff_ms=50,
         )  # fmt: skip
         await self._start(producer.start(), producer.stop)
@@ -72,7 +73,7 @@ class Kafka:
         Raises DependencyUnavailable when no broker answers in time.
         """
         consumer = AIOKafkaConsumer(
-            **self._common(), client_id=client_id, group_id=self.group, enable_auto_commit=False,
+            **self.options(), client_id=client_id, group_id=self.group, enable_auto_commit=False,
             auto_offset_reset="earliest", session_timeout_ms=SESSION_TIMEOUT_MS, heartbeat_interval_ms=1_000,
             # A broker that does not wake a waiting fetch: 5 ms bound its round trip. A real one answers when data arrives, and
             # the same limit would only make it answer empty fetches.
@@ -91,7 +92,7 @@ class Kafka:
         """
         if self.embedded:
             return await self._partitions_on_first_use()
-        admin = AIOKafkaAdminClient(**self._common(), client_id="orderflow-admin")
+        admin = AIOKafkaAdminClient(**self.options(), client_id="orderflow-admin")
         await self._start(admin.start(), admin.close)
         try:
             async with asyncio.timeout(self.timeout):

@@ -79,6 +79,15 @@ async def test_stop_with_a_shorter_patience_of_the_caller(log: Path) -> None:
         assert await asyncio.wait_for(child.stop(timeout=0.1), 10) == -signal.SIGKILL
 
 
+async def test_a_kill_gets_through_while_a_stop_waits(log: Path) -> None:
+    async with guarded(STUBBORN, log, stop_timeout=60) as child:
+        await child.said(10)
+        stopping = asyncio.ensure_future(child.stop())
+        await asyncio.sleep(0)
+        assert await asyncio.wait_for(child.kill(), 10) == -signal.SIGKILL
+        assert await asyncio.wait_for(stopping, 10) == -signal.SIGKILL
+
+
 async def test_kill_takes_the_whole_tree(log: Path) -> None:
     async with guarded(STUBBORN, log) as child:
         grandchild = int(await child.said(10))

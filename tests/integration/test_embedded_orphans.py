@@ -78,17 +78,24 @@ def kind(request: pytest.FixtureRequest) -> str:
     return name
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
-async def test_the_end_of_the_parent_ends_its_server(scratch: Path, kind: str, number: int) -> None:
+async def test_a_killed_parent_leaves_no_orphan(scratch: Path, kind: str) -> None:
     with a_parent_of(kind, scratch / "server") as started:
         assert not is_gone(started.pid)
+        started.parent.kill()
+        started.parent.wait(timeout=START_TIMEOUT)
+        await eventually(lambda: is_gone(started.pid) and is_gone(started.guard), timeout=30)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+async def test_a_parent_that_ends_by_a_signal_leaves_no_orphan(scratch: Path, number: int) -> None:
+    with a_parent_of("postgres", scratch / "server") as started:
         os.kill(started.parent.pid, number)
         started.parent.wait(timeout=START_TIMEOUT)
         await eventually(lambda: is_gone(started.pid) and is_gone(started.guard), timeout=30)
 
 
-async def test_a_parent_that_dies_with_its_server_paused(scratch: Path, kind: str) -> None:
-    with a_parent_of(kind, scratch / "server", "paused") as started:
+async def test_a_parent_that_dies_with_its_server_paused(scratch: Path) -> None:
+    with a_parent_of("postgres", scratch / "server", "paused") as started:
         started.parent.kill()
         await eventually(lambda: is_gone(started.pid) and is_gone(started.guard), timeout=30)
 

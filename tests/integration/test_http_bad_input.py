@@ -41,7 +41,7 @@ BODIES: dict[str, tuple[str | bytes, int, str]] = {
     "NUL after the body": (amount("1") + "\x00", 400, f"{NOT_JSON}: Extra data (line 1, column 64)"),
     "invalid UTF-8": (user('"\xff"').encode("latin-1"), 400, "the body is not UTF-8 (byte 12)"),
     "UTF-16": (amount("1").encode("utf-16"), 400, "the body is not UTF-8 (byte 0)"),
-    "byte order mark": (b"\xef\xbb\xbf{}", 400, f"{NOT_JSON}: Unexpected UTF-8 BOM (decode using utf-8-sig) (line 1, column 1)"),
+    "byte order mark": (b"\xef\xbb\xbf", 400, f"{NOT_JSON}: Unexpected UTF-8 BOM (decode using utf-8-sig) (line 1, column 1)"),
     "array": ("[]", 422, NOT_AN_OBJECT),
     "null": ("null", 422, NOT_AN_OBJECT),
     "text": ('"x"', 422, NOT_AN_OBJECT),

@@ -26,7 +26,7 @@ async def check(kafka: Kafka) -> list[Check]:
     # aiokafka logs what it retries; here the result is what counts, and it is one line.
     logging.getLogger("aiokafka").setLevel(logging.CRITICAL)
     try:
-        options = kafka._common() | {"request_timeout_ms": int(LIMIT * 1000)}
+        options = kafka.options() | {"request_timeout_ms": int(LIMIT * 1000)}
     except OSError as error:
         return [problem(ABOUT, f"{kafka.ca_file} cannot be used: {error}", "correct ORDERFLOW_KAFKA_CA_FILE")]
     client = AIOKafkaClient(**options, client_id="orderflow-doctor")
