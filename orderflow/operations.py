@@ -78,7 +78,9 @@ class Operations:
         runner = Runner(app, drain_seconds=1.0)
         try:
             await runner.setup()
-            self.port = await listen(runner, self._host, self._wanted, reuse_port=self._reuse_port, port_setting="ORDERFLOW_METRICS_PORT")
+            self.port = await listen(
+                runner, self._host, self._wanted, reuse_port=self._reuse_port, port_setting="ORDERFLOW_METRICS_PORT"
+            )
             emit(PROCESS, "STARTUP", message=f"health and metrics on http://{self._host}:{self.port}")
             await stopping.wait()
         finally:

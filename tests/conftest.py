@@ -8,6 +8,7 @@ import asyncpg
 import pytest
 import pytest_asyncio
 
+from orderflow.embedded.errors import EmbeddedError
 from orderflow.embedded.kafka import ApacheKafka
 from orderflow.embedded.postgres import EmbeddedPostgres
 from tests import servers
@@ -25,7 +26,13 @@ def pytest_collection_finish(session: pytest.Session) -> None:
     if session.config.option.collectonly:
         return
     if any(NEED_KAFKA & set(getattr(item, "fixturenames", ())) for item in session.items):
-        servers.fetch_kafka()
+        try:
+            failure = servers.fetch_kafka()
+        except EmbeddedError as error:
+            pytest.exit(str(error), returncode=pytest.ExitCode.TESTS_FAILED)
+        reporter = session.config.pluginmanager.get_plugin("terminalreporter")
+        if failure is not None and reporter is not None:
+            reporter.write_line(f"WARNING: not tested against Apache Kafka: {failure}", yellow=True)
 
 
 @pytest_asyncio.fixture(scope="session", loop_scope="session")

@@ -110,21 +110,36 @@ def watching() -> Iterator[Facts]:
 
 @asynccontextmanager
 async def running(*services: Service, timeout: float = 20.0) -> AsyncIterator[asyncio.Event]:
-    """Run services side by side; at the end of the block they drain. Raises what a service raises."""
+    """Run services side by side; at the end of the block they drain. A service that raises ends the block with its error."""
     stopping = asyncio.Event()
+    block = asyncio.current_task()
+    assert block is not None
     tasks = [asyncio.create_task(service.run(stopping), name=service.name) for service in services]
+    crashes: list[BaseException] = []
+
+    def ended(task: asyncio.Task[None]) -> None:
+        if not task.cancelled() and (error := task.exception()) is not None:
+            crashes.append(error)
+            if not stopping.is_set():
+                block.cancel()
+
+    for task in tasks:
+        task.add_done_callback(ended)
     try:
         yield stopping
+    except asyncio.CancelledError:
+        if not crashes:
+            raise
+        block.uncancel()
     finally:
         stopping.set()
         _, late = await asyncio.wait(tasks, timeout=timeout)
         for task in late:
             task.cancel()
-        results = await asyncio.gather(*tasks, return_exceptions=True)
+        await asyncio.gather(*tasks, return_exceptions=True)
+    if crashes:
+        raise crashes[0]
     assert not late, f"did not drain: {late}"
-    for result in results:
-        if isinstance(result, BaseException):
-            raise result
 
 
 def settings_for(url: str, broker: Broker, topic: str, **changes: Any) -> Settings:

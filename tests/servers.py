@@ -32,6 +32,9 @@ PARTITIONS = 4
 ADMIN_TIMEOUT_MS = 20_000
 
 
+_fetch_failure: str | None = None
+
+
 class Broker(Protocol):
     """What a test may ask of either broker."""
 
@@ -76,7 +79,7 @@ def choose_broker() -> BrokerChoice:
         raise EmbeddedError(f"ORDERFLOW_TEST_BROKER is {wanted!r}: use kafka or embedded")
     if wanted == "embedded":
         return BrokerChoice("embedded", "asked for by ORDERFLOW_TEST_BROKER")
-    reason = available()
+    reason = available() or _fetch_failure
     if reason is None:
         return BrokerChoice("kafka", None)
     if wanted == "kafka" or under_ci():
@@ -98,10 +101,20 @@ def report() -> list[str]:
     ]
 
 
-def fetch_kafka() -> None:
-    """Bring Apache Kafka into the cache before the first test, whose time limit a download must not eat."""
+def fetch_kafka() -> str | None:
+    """Bring Apache Kafka into the cache before the first test, whose time limit a download must not eat.
+
+    When that fails (no network), the mock broker stands in and the reason is returned; where Apache Kafka is a must,
+    raises EmbeddedError.
+    """
+    global _fetch_failure
     if choose_broker().kind == "kafka":
-        asyncio.run(install())
+        try:
+            asyncio.run(install())
+        except EmbeddedError as error:
+            _fetch_failure = str(error)
+            choose_broker()
+    return _fetch_failure
 
 
 def is_gone(pid: int) -> bool:

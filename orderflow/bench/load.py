@@ -60,7 +60,7 @@ class Summary:
     lost_connections: int = 0
     # Keys whose request never got a 201: the order may or may not exist.
     unresolved: int = 0
-    # Keys that got two different orders.
+    # Keys that got two different orders, and answers that a good request must never get.
     contradictions: list[str] = field(default_factory=list)
     latency_p50: float = 0.0
     latency_p99: float = 0.0

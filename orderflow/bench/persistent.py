@@ -17,8 +17,8 @@ from orderflow.bench.load import CONNECT_TIMEOUT, Options, Record, Summary, on_e
 ANSWER_TIMEOUT = 12.0
 RETRY_PAUSE = 0.2
 ASK_AGAIN = 0.02
-# What a well-formed request with a key of its own must never be told; 409, 429 and 5xx mean "ask again".
-REFUSALS = frozenset({400, 404, 405, 411, 413, 415, 422})
+# What a well-formed request may be told besides 201; anything else breaks the contract, and is tried again all the same.
+ASK_AGAIN_LATER = frozenset({409, 429, 503})
 
 
 class PersistentClients:
@@ -90,9 +90,8 @@ class PersistentClients:
                 self._answers[str(answer.status)] += 1
                 if answer.status == 201:
                     return answer.order_id
-                if answer.status in REFUSALS:
-                    self._summary.contradictions.append(f"a good request was answered {answer.status}: {answer.body[:200]!r}")
-                    return None
+                if answer.status not in ASK_AGAIN_LATER:
+                    self._summary.contradictions.append(f"a good request was answered {answer.status}: {answer.body[:300]!r}")
             if time.monotonic() >= self._end + self._options.patience:
                 return None
             await asyncio.sleep(RETRY_PAUSE * random.uniform(0.5, 1.5))

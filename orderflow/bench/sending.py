@@ -49,7 +49,8 @@ async def _stop(process: asyncio.subprocess.Process, enough: asyncio.Event) -> N
 
 async def _output(process: asyncio.subprocess.Process) -> tuple[bytes, bytes]:
     # Not communicate(): it would close standard input, which is how the generator is told to end.
-    assert process.stdout is not None and process.stderr is not None
+    assert process.stdout is not None
+    assert process.stderr is not None
     said, complaint, _ = await asyncio.gather(process.stdout.read(), process.stderr.read(), process.wait())
     return said, complaint
 

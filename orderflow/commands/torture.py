@@ -33,13 +33,16 @@ RATE = click.FloatRange(1, 100_000)
 @click.option("--rate", type=RATE, default=200.0, metavar="N", help="Orders a second at the most [200].")
 @click.option("--settle", type=SECONDS, default=90.0, metavar="SECONDS", help="Time to end everything after it [90].")
 @click.option("--embedded-broker", is_flag=True, help="Use the broker of `dev` instead of Apache Kafka; it is not restarted.")
+@click.option("--keep", is_flag=True, help="Keep the logs and the data, also when every promise was kept.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of tables.")
-def torture(seed: int | None, seconds: float, rate: float, settle: float, embedded_broker: bool, as_json: bool) -> int:
+def torture(
+    seed: int | None, seconds: float, rate: float, settle: float, embedded_broker: bool, keep: bool, as_json: bool
+) -> int:
     """Break everything, then check every promise; exit 1 when one was not kept.
 
     Starts a PostgreSQL and an Apache Kafka of its own (Java 17, and Maven once) and the program as processes, sends
     orders, and meanwhile kills, stops, restarts and misleads them by a plan that is a pure function of the seed.
-    After a violation the servers' and the program's logs are kept.
+    After a violation the servers' data and all logs are kept.
     """
     from orderflow.bench.program import ProgramFailed
     from orderflow.embedded.errors import EmbeddedError
@@ -50,16 +53,16 @@ def torture(seed: int | None, seconds: float, rate: float, settle: float, embedd
         click.echo(f"seed {chosen}")
     directory = Path(tempfile.mkdtemp(prefix="orderflow-torture-"))
     directory.chmod(0o711)  # as root, PostgreSQL runs as another user, who must get through
-    kept = True
+    wanted = True
     try:
         with _status_line() as tell:
             report = asyncio.run(_run(directory, chosen, Extent(seconds, rate, settle=settle), embedded_broker, tell))
-        kept = bool(report.problems)
+        wanted = keep or bool(report.problems)
     except* (EmbeddedError, ProgramFailed) as group:
         reasons = "; ".join(dict.fromkeys(str(error) for error in _leaves(group)))
         raise click.ClickException(f"seed {chosen}: {reasons} (logs in {directory})") from group
     finally:
-        if not kept:
+        if not wanted:
             shutil.rmtree(directory, ignore_errors=True)
     if as_json:
         print_json(_document(report))
@@ -68,6 +71,8 @@ def torture(seed: int | None, seconds: float, rate: float, settle: float, embedd
     if report.problems:
         again = f"orderflow torture --seed {chosen} --seconds {seconds:g} --rate {rate:g}"
         click.echo(f"orderflow: again with: {again}; logs in {directory}", err=True)
+    elif keep:
+        click.echo(f"logs in {directory}", err=True)
     return 1 if report.problems else 0
 
 

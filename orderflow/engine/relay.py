@@ -108,7 +108,7 @@ class Relay:
             due = await outbox.fetch_due(connection, shards, self._batch)
         if not due:
             return 0
-        results = await self._produce(producer, due)
+        results, stuck = await self._produce(producer, due)
         acknowledged, refused, lost = _sort(due, results)
         if acknowledged:
             _tell(acknowledged)
@@ -116,14 +116,15 @@ class Relay:
                 await outbox.mark_published_if_attempt(connection, acknowledged)
         for message, error in refused:
             await self._bury(database, message, error)
-        if lost is not None:
+        if lost is not None or stuck:
             # The outcome of a send that timed out is unknown, and its producer may be stuck for good (aiokafka #1017):
             # the role starts again with a fresh one, and publishes the unmarked rows again.
-            raise DependencyUnavailable(f"Kafka at {self._kafka.bootstrap} did not acknowledge: {str(lost) or type(lost).__name__}")
+            reason = "a batch was refused" if lost is None else str(lost) or type(lost).__name__
+            raise DependencyUnavailable(f"Kafka at {self._kafka.bootstrap} did not acknowledge: {reason}")
         return len(due)
 
-    async def _produce(self, producer: AIOKafkaProducer, due: Sequence[Message]) -> list[BaseException | None]:
-        """Send in order; for each event None when Kafka acknowledged it, else the error."""
+    async def _produce(self, producer: AIOKafkaProducer, due: Sequence[Message]) -> tuple[list[BaseException | None], bool]:
+        """Send in order; for each event None when Kafka acknowledged it, else the error. True when the producer is stuck now."""
         results: list[BaseException | None] = [TimeoutError("no acknowledgement in time")] * len(due)
         sent: dict[int, asyncio.Future[object]] = {}
         try:
@@ -136,29 +137,43 @@ class Relay:
                         results[place] = error
                 if sent:
                     await asyncio.wait(sent.values())
-                for place, future in sent.items():
-                    if not isinstance(future.exception(), MessageSizeTooLargeError):
-                        results[place] = future.exception()
-                for place, future in sent.items():
-                    if isinstance(future.exception(), MessageSizeTooLargeError):
-                        # The broker refuses a whole batch for one record: alone, only the guilty one is refused.
-                        results[place] = await self._send_alone(producer, due[place])
-        except (KafkaError, TimeoutError):
-            # Bounded: what was acknowledged before the limit counts, the rest keeps its error. Refused along with a batch is not
-            # refused: who was guilty had to be found out, and was not.
-            for place, future in sent.items():
-                if future.done() and not future.cancelled() and not isinstance(future.exception(), MessageSizeTooLargeError):
+        except (KafkaError, TimeoutError) as error:
+            # Bounded: what was acknowledged before the limit counts, the rest keeps its error.
+            emit(PUBLISHER, "PUBLISH_INTERRUPTED", error=str(error) or type(error).__name__)
+        refused = []
+        for place, future in sent.items():
+            if future.done() and not future.cancelled():
+                if isinstance(future.exception(), MessageSizeTooLargeError):
+                    refused.append(place)
+                else:
                     results[place] = future.exception()
-        return results
+        if refused:
+            await self._find_guilty(due, refused, results)
+        return results, bool(refused)
 
-    async def _send_alone(self, producer: AIOKafkaProducer, message: Message) -> BaseException | None:
-        key, value, headers = message.encode()
+    async def _find_guilty(
+        self, due: Sequence[Message], refused: Sequence[int], results: list[BaseException | None]
+    ) -> None:
+        """The broker refuses a whole batch for one record: sent alone, and in order, the first that is refused is guilty.
+
+        The others keep their error. A refused batch leaves a gap in its producer's sequence numbers, and the broker takes nothing
+        after it: this is done with a producer of its own, and the role starts again with a fresh one.
+        """
+        producer = await self._kafka.producer()
         try:
-            await producer.send_and_wait(self._kafka.topic, value, key, headers=headers)
-        except MessageSizeTooLargeError as error:
-            refused: BaseException = error
-            return refused
-        return None
+            async with asyncio.timeout(self._kafka.timeout):
+                for place in refused:
+                    key, value, headers = due[place].encode()
+                    try:
+                        await producer.send_and_wait(self._kafka.topic, value, key, headers=headers)
+                        results[place] = None
+                    except MessageSizeTooLargeError as error:
+                        results[place] = error
+                        return
+        except (KafkaError, TimeoutError) as error:
+            emit(PUBLISHER, "PUBLISH_INTERRUPTED", error=str(error) or type(error).__name__)
+        finally:
+            await bounded(producer.stop(), 2.0)
 
     async def _bury(self, database: Database, message: Message, error: BaseException) -> None:
         failure = outbox.Failure.of(message.attempt, error)

@@ -161,7 +161,7 @@ async def newest(
 
 
 async def timeline(database: Database, order_id: UUID) -> list[asyncpg.Record]:
-    """The order's events, oldest first: event_id, event_type, payload, created_at, published_at, processed_at, attempt, buried_at."""
+    """The order's events, oldest first, each with when it was published, processed or buried, and its failed attempts."""
     return await database.fetch(
         """
         SELECT o.event_id, o.event_type, o.payload, o.created_at, o.published_at, p.processed_at, p.worker_id, o.attempt,

@@ -131,8 +131,9 @@ class Faults:
         async with self._kafka_turn:
             begun = time.monotonic()
             await (self._kafka.kill() if killed else self._kafka.stop())
+            down = time.monotonic()
             await self._kafka.start()
-            return f"back after {time.monotonic() - begun:.1f} s"
+            return f"down after {down - begun:.1f} s, back after {time.monotonic() - begun:.1f} s"
 
     async def _terminate(self, statement: str) -> str:
         async with self._postgres_turn:
