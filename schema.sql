@@ -87,7 +87,9 @@ CREATE TABLE IF NOT EXISTS outbox (
     -- Order within an aggregate: assigned under the lock of the order's row, so it follows the order of transitions.
     seq            bigint      GENERATED ALWAYS AS IDENTITY,
     shard          smallint    NOT NULL GENERATED ALWAYS AS ((uuid_hash(aggregate_id) & 31)::smallint) STORED,
-    CONSTRAINT outbox_attempt_counts CHECK (first_attempt >= 1 AND attempt >= first_attempt)
+    CONSTRAINT outbox_attempt_counts CHECK (first_attempt >= 1 AND attempt >= first_attempt),
+    -- PostgreSQL's calendar is wider than Python's and JSON's: one row outside of theirs would stop every relay.
+    CONSTRAINT outbox_created_at_is_a_time CHECK (created_at >= '0001-01-02' AND created_at < '9999-12-31')
 ) WITH (fillfactor = 80, autovacuum_vacuum_scale_factor = 0.0, autovacuum_vacuum_threshold = 5000,
         autovacuum_vacuum_insert_scale_factor = 0.05, autovacuum_analyze_scale_factor = 0.05,
         autovacuum_vacuum_cost_delay = 0);

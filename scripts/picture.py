@@ -86,7 +86,10 @@ def main() -> int:
     picture.print(Text.from_ansi(f"$ curl localhost:3000/orders -H 'Content-Type: application/json' -d '{json.dumps(ORDER)}'"))
     picture.print(Text.from_ansi(lines), no_wrap=True, overflow="ellipsis")
     picture.print(Text.from_ansi(f"\n$ orderflow explain {order}\n{story.strip()}"), no_wrap=True, overflow="ellipsis")
-    TARGET.write_text(picture.export_svg(title="orderflow"), "utf-8")
+    svg = picture.export_svg(title="orderflow")
+    # Fonts from elsewhere would be asked for by every reader's browser.
+    svg = re.sub(r"@font-face \{.*?\}|<!--.*?-->", "", svg, flags=re.DOTALL)
+    TARGET.write_text(svg, "utf-8")
     print(f"{TARGET.name}: order {order}")
     return 0
 

@@ -13,7 +13,7 @@ from orderflow.embedded.kafka import ApacheKafka
 from orderflow.embedded.postgres import EmbeddedPostgres
 from tests import servers
 
-NEED_KAFKA = {"kafka", "restartable_kafka"}
+NEED_KAFKA = {"kafka", "real_kafka", "restartable_kafka"}
 
 
 def pytest_report_header() -> list[str]:

@@ -11,7 +11,7 @@ from collections.abc import Awaitable, Callable, Coroutine, Iterable
 from typing import Any, TypeVar
 
 from aiokafka import AIOKafkaConsumer, ConsumerRebalanceListener, TopicPartition
-from aiokafka.errors import CommitFailedError, IllegalStateError, KafkaError
+from aiokafka.errors import CommitFailedError, IllegalStateError, KafkaConnectionError, KafkaError
 from aiokafka.structs import ConsumerRecord
 
 from orderflow.engine.dead_letters import Place
@@ -182,6 +182,9 @@ async def _unless(interrupt: asyncio.Task[None], work: Coroutine[Any, Any, R]) -
     task = asyncio.create_task(work)
     try:
         await asyncio.wait((task, interrupt), return_when=asyncio.FIRST_COMPLETED)
+        if task.cancelled():
+            # Not by us: aiokafka lets its own cancellation out when it has lost its coordinator for too long.
+            raise KafkaConnectionError("the client has given up")
         return task.result() if task.done() else None
     finally:
         if not task.done():

@@ -24,7 +24,7 @@ TOPIC = "kept"
 
 
 @pytest.fixture
-def real() -> None:
+def real_kafka() -> None:
     """Only where Apache Kafka can run."""
     choice = choose_broker()
     if choice.kind != "kafka":
@@ -104,7 +104,7 @@ async def test_it_listens_on_the_loopback_only(restartable_kafka: ApacheKafka) -
                for line in addresses for address in line.partition("=")[2].split(","))  # fmt: skip
 
 
-@pytest.mark.usefixtures("real")
+@pytest.mark.usefixtures("real_kafka")
 async def test_properties_and_a_path_with_umlauts_reach_the_server() -> None:
     with scratch_directory() as directory:
         server = ApacheKafka(directory / "kåfka \u20ac", heap="256m", properties={"num.partitions": 7})
@@ -117,7 +117,7 @@ async def test_properties_and_a_path_with_umlauts_reach_the_server() -> None:
         assert (directory / "kåfka \u20ac" / "data" / "new-0").is_dir()
 
 
-@pytest.mark.usefixtures("real")
+@pytest.mark.usefixtures("real_kafka")
 async def test_one_that_dies_at_start_shows_why() -> None:
     with scratch_directory() as directory:
         server = ApacheKafka(directory, properties={"num.partitions": "many"})
@@ -126,7 +126,7 @@ async def test_one_that_dies_at_start_shows_why() -> None:
         assert not server.running
 
 
-@pytest.mark.usefixtures("real")
+@pytest.mark.usefixtures("real_kafka")
 async def test_in_the_foreground_until_ctrl_c() -> None:
     port = ports.free_port()
     with scratch_directory() as directory:
@@ -180,7 +180,7 @@ class FakeMaven:
 
 
 @pytest.fixture
-async def maven(real: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeMaven:
+async def maven(real_kafka: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeMaven:
     await asyncio.to_thread(fetch_kafka)
     libs = default_cache_dir() / f"kafka-{kafka_install.VERSION}" / "install" / kafka_install.CLASS_PATH
     fake = FakeMaven(tmp_path, libs)
