@@ -85,9 +85,7 @@ def services(settings: Settings, roles: Sequence[Role], health: Health, totals: 
         chosen.append(Api(settings, opener(settings, "api"), health, metrics.render, wake=woken.set))
     elif settings.metrics_port:
         chosen.append(
-            Operations(
-                settings.http_host, settings.metrics_port, health, metrics.render, reuse_port=settings.http_reuse_port
-            )
+            Operations(settings.http_host, settings.metrics_port, health, metrics.render, reuse_port=settings.http_reuse_port)
         )
     if "publisher" in roles:
         chosen.append(relay_of(settings, kafka, woken, health))
@@ -116,7 +114,10 @@ def worker_of(settings: Settings, kafka: Kafka, health: Health) -> Worker:
         ledger = await open_gateway_database()
         stack.push_async_callback(ledger.close)
         gateway = SimulatedGateway(
-            ledger, delay=settings.gateway_delay_ms / 1000, success_rate=settings.gateway_success_rate, seed=settings.gateway_seed
+            ledger,
+            delay=settings.gateway_delay_ms / 1000,
+            success_rate=settings.gateway_success_rate,
+            seed=settings.gateway_seed,
         )
         stack.push_async_callback(gateway.close)
         charge = ChargeHandler(

@@ -45,9 +45,7 @@ async def current_version(connection: Connection) -> int:
     return int(await connection.fetchval("SELECT coalesce(max(version), 0) FROM schema_version"))
 
 
-async def migrate(
-    url: str, *, timeout: float = 600.0, target: int = VERSION, steps: dict[int, str] | None = None
-) -> Migrated:
+async def migrate(url: str, *, timeout: float = 600.0, target: int = VERSION, steps: dict[int, str] | None = None) -> Migrated:
     """Bring the database at `url` to version `target`.
 
     Raises Misconfigured when the server is older than PostgreSQL 15, the schema is newer than this program, or the user

@@ -40,18 +40,26 @@ class Settings(BaseSettings):
     )
     database_direct_url: str | None = Field(
         None,
-        description="where LISTEN and advisory locks go when DATABASE_URL is a PgBouncer in transaction mode; default: DATABASE_URL",
+        description="where LISTEN and advisory locks go, when DATABASE_URL is a PgBouncer in transaction mode",
     )
     database_pool_size: Positive = Field(8, description="connections a process opens at the most")
-    database_timeout_seconds: Seconds = Field(5.0, description="limit for connecting, for acquiring a connection and for one statement")
-    database_statement_cache: int = Field(256, ge=0, description="prepared statements a connection keeps; 0 for PgBouncer in transaction mode")
+    database_timeout_seconds: Seconds = Field(
+        5.0, description="limit for connecting, for acquiring a connection and for one statement"
+    )
+    database_statement_cache: int = Field(
+        256, ge=0, description="prepared statements a connection keeps; 0 for PgBouncer in transaction mode"
+    )
     kafka_bootstrap_servers: str = Field(
         "localhost:9092",
         validation_alias=AliasChoices("KAFKA_BOOTSTRAP_SERVERS", "kafka_bootstrap_servers"),
         description="host:port, several separated by commas",
     )
-    kafka_security_protocol: Literal["PLAINTEXT", "SSL", "SASL_PLAINTEXT", "SASL_SSL"] = Field("PLAINTEXT", description="how to speak to Kafka")
-    kafka_sasl_mechanism: Literal["PLAIN", "SCRAM-SHA-256", "SCRAM-SHA-512"] = Field("SCRAM-SHA-512", description="used with SASL_* only")
+    kafka_security_protocol: Literal["PLAINTEXT", "SSL", "SASL_PLAINTEXT", "SASL_SSL"] = Field(
+        "PLAINTEXT", description="how to speak to Kafka"
+    )
+    kafka_sasl_mechanism: Literal["PLAIN", "SCRAM-SHA-256", "SCRAM-SHA-512"] = Field(
+        "SCRAM-SHA-512", description="used with SASL_* only"
+    )
     kafka_username: str | None = Field(None, description="SASL user")
     kafka_password: str | None = Field(None, description="SASL password", repr=False)
     kafka_ca_file: str | None = Field(None, description="PEM file of the authority that signed the brokers' certificates")
@@ -59,7 +67,9 @@ class Settings(BaseSettings):
     kafka_embedded: bool = Field(False, description="internal: the broker is the embedded one of `dev`")
     topic: str = Field("order-events", pattern=r"^[A-Za-z0-9._-]{1,249}$", description="the topic of all events")
     topic_partitions: Positive = Field(12, description="partitions of the topic when orderflow has to create it")
-    topic_replication: Annotated[int, Field(ge=-1)] = Field(-1, description="replicas of the topic when orderflow has to create it; -1: the broker's default")
+    topic_replication: Annotated[int, Field(ge=-1)] = Field(
+        -1, description="replicas of the topic when orderflow has to create it; -1: the broker's default"
+    )
     consumer_group: str = Field("payment-worker", min_length=1, description="Kafka consumer group of the workers")
 
     # HTTP.
@@ -70,7 +80,9 @@ class Settings(BaseSettings):
     http_reuse_port: bool = Field(False, description="share the port with other processes (set by `run --api N`)")
     http_request_timeout_seconds: Seconds = Field(10.0, description="limit for one request, body included")
     http_queue: Positive = Field(4096, description="orders that may wait for their commit; beyond it the answer is 429")
-    metrics_port: Annotated[int, Field(ge=0, le=65535)] = Field(0, description="port for /livez, /readyz and /metrics in a process without the API; 0: none")
+    metrics_port: Annotated[int, Field(ge=0, le=65535)] = Field(
+        0, description="port for /livez, /readyz and /metrics in a process without the API; 0: none"
+    )
 
     # Group commit.
     batch_size: Positive = Field(500, description="rows in one grouped statement at the most")
@@ -79,26 +91,40 @@ class Settings(BaseSettings):
     # Relay.
     relay_batch: Positive = Field(1000, description="events fetched and published in one round")
     relay_poll_ms: Annotated[int, Field(ge=10, le=1000)] = Field(1000, description="how long a lost wake-up can go unnoticed")
-    wake_heartbeat_seconds: Seconds = Field(2.0, description="how often the LISTEN connection is probed, and how long the probe may take")
+    wake_heartbeat_seconds: Seconds = Field(
+        2.0, description="how often the LISTEN connection is probed, and how long the probe may take"
+    )
 
     # Worker.
-    worker_id: str = Field("payment-worker-1", min_length=1, description="name of this worker in processed_events and in the log")
+    worker_id: str = Field(
+        "payment-worker-1", min_length=1, description="name of this worker in processed_events and in the log"
+    )
     max_in_flight: Positive = Field(5000, description="deliveries a worker holds at the same time before it pauses partitions")
     commit_interval_ms: Annotated[int, Field(ge=10)] = Field(500, description="how often finished offsets are committed")
     max_attempts: Positive = Field(3, description="failed attempts after which an event is dead-lettered")
-    backoff_base_ms: Milliseconds = Field(200, description="upper limit of the first retry's delay; doubles with each attempt, full jitter")
+    backoff_base_ms: Milliseconds = Field(
+        200, description="upper limit of the first retry's delay; doubles with each attempt, full jitter"
+    )
     backoff_cap_ms: Milliseconds = Field(30_000, description="upper limit of any retry's delay")
-    reconcile_seconds: Seconds = Field(60.0, description="an event published this long ago and neither processed nor buried is published again")
+    reconcile_seconds: Seconds = Field(
+        60.0, description="an event published this long ago and neither processed nor buried is published again"
+    )
 
     # Gateway.
     gateway_delay_ms: Milliseconds = Field(500, description="how long the simulated gateway takes")
-    gateway_success_rate: Annotated[float, Field(ge=0, le=1)] = Field(0.7, description="share of orders that the simulated gateway charges in mode random")
+    gateway_success_rate: Annotated[float, Field(ge=0, le=1)] = Field(
+        0.7, description="share of orders that the simulated gateway charges in mode random"
+    )
     gateway_seed: int = Field(1, description="seed of the simulated gateway's outcomes")
-    gateway_timeout_ms: Annotated[int, Field(ge=1)] = Field(5000, description="limit for one call of the gateway; past it the outcome is unknown")
+    gateway_timeout_ms: Annotated[int, Field(ge=1)] = Field(
+        5000, description="limit for one call of the gateway; past it the outcome is unknown"
+    )
 
     # Life of the process.
     grace_seconds: Seconds = Field(10.0, description="time from SIGTERM to the end of the process at the most")
-    crash_budget: Annotated[int, Field(ge=0)] = Field(5, description="crashes of one role within crash_window_seconds that are answered by a restart")
+    crash_budget: Annotated[int, Field(ge=0)] = Field(
+        5, description="crashes of one role within crash_window_seconds that are answered by a restart"
+    )
     crash_window_seconds: Seconds = Field(60.0, description="see crash_budget")
     log_format: LogFormat = Field("auto", description="json, console, or auto: console on a terminal")
     metrics_interval_seconds: Seconds = Field(10.0, description="time between two METRICS lines")

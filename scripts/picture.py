@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import pty
@@ -82,7 +83,7 @@ def main() -> int:
         finally:
             dev.process.send_signal(signal.SIGINT)
             dev.rest()
-    picture = Console(record=True, width=WIDTH, file=open(os.devnull, "w"), force_terminal=True, color_system="truecolor")
+    picture = Console(record=True, width=WIDTH, file=io.StringIO(), force_terminal=True, color_system="truecolor")
     picture.print(Text.from_ansi(f"$ curl localhost:3000/orders -H 'Content-Type: application/json' -d '{json.dumps(ORDER)}'"))
     picture.print(Text.from_ansi(lines), no_wrap=True, overflow="ellipsis")
     picture.print(Text.from_ansi(f"\n$ orderflow explain {order}\n{story.strip()}"), no_wrap=True, overflow="ellipsis")

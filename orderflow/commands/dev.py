@@ -28,8 +28,8 @@ EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 def dev(data_dir: str | None, http_port: int | None, log_format: LogFormat | None) -> int:
     """Run everything on this machine: PostgreSQL, a broker, and all roles.
 
-    Needs nothing but this program. PostgreSQL listens on 5432 and the API on 3000 where those are free, else on free ports that are
-    printed. The broker forgets everything when it stops; the outbox does not, so every order in flight still ends.
+    Needs nothing but this program. PostgreSQL listens on 5432 and the API on 3000 where those are free, else on free ports
+    that are printed. The broker forgets everything when it stops; the outbox does not, so every order in flight still ends.
     """
     settings = load(data_dir=data_dir, http_port=http_port, log_format=log_format)
 

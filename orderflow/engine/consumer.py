@@ -75,9 +75,7 @@ class Consumer(ConsumerRebalanceListener):  # type: ignore[misc]
         await self._kafka.ensure_topic()
         return await self._kafka.consumer(self, client_id=self._client_id)
 
-    async def _consume(
-        self, consumer: AIOKafkaConsumer, stopping: asyncio.Event, interrupt: asyncio.Task[None]
-    ) -> None:
+    async def _consume(self, consumer: AIOKafkaConsumer, stopping: asyncio.Event, interrupt: asyncio.Task[None]) -> None:
         self._consumer = consumer
         self._started()
         committer = asyncio.create_task(self._commit_now_and_then(consumer))
@@ -199,5 +197,3 @@ async def _first(*events: asyncio.Event) -> None:
     finally:
         for wait in waits:
             wait.cancel()
-
-

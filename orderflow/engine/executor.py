@@ -125,7 +125,13 @@ class Executor:
 
     async def _decide(self, handler: Handler, delivery: Delivery, error: BaseException) -> Outcome:
         failures = delivery.failures + 1
-        emit(WORKER, "PROCESSING_ERROR", eventId=delivery.message.id, error=str(error) or type(error).__name__, retryCount=failures)
+        emit(
+            WORKER,
+            "PROCESSING_ERROR",
+            eventId=delivery.message.id,
+            error=str(error) or type(error).__name__,
+            retryCount=failures,
+        )
         decided = self._policy.decide(failures, error, self._random)
         if isinstance(decided, Dead) and not isinstance(error, Permanent):
             try:
@@ -216,4 +222,3 @@ class Executor:
         """End the statements under way."""
         for batcher in (self._lookups, self._records, self._retries):
             await batcher.close()
-

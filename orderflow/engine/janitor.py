@@ -1,7 +1,7 @@
 """The janitor: finds events that were published and yet never settled, and publishes them again.
 
-Kafka may lose what it acknowledged (a wiped disk, a broker of `dev` that forgets), and a worker may die between its fetch and its
-settlement while its offsets move on. The outbox row is what brings the event, and so its order, to an end.
+Kafka may lose what it acknowledged (a wiped disk, a broker of `dev` that forgets), and a worker may die between its fetch
+and its settlement while its offsets move on. The outbox row is what brings the event, and so its order, to an end.
 """
 
 from __future__ import annotations

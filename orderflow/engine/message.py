@@ -126,7 +126,7 @@ def _time(document: dict[str, Any], name: str) -> datetime:
     try:
         if isinstance(value, str):
             time = datetime.fromisoformat(value)
-            # Without a zone it can be neither compared with ours nor stored as a moment; in UTC it may lie outside the calendar.
+            # Without a zone it can be neither compared with ours nor stored as a moment; in UTC it may leave the calendar.
             if time.tzinfo is not None:
                 return time.astimezone(UTC)
     except (ValueError, OverflowError):

@@ -111,9 +111,7 @@ class Failure:
 
     def as_json(self) -> str:
         """The JSON object that stands in `outbox.failures`."""
-        return orjson.dumps(
-            {"attempt": self.attempt, "at": self.at, "error": self.error, "message": self.message}
-        ).decode()
+        return orjson.dumps({"attempt": self.attempt, "at": self.at, "error": self.error, "message": self.message}).decode()
 
 
 @dataclass(frozen=True, slots=True)
@@ -210,7 +208,9 @@ async def replay(connection: Connection, event_ids: Sequence[UUID]) -> int:
     return len(await connection.fetch(_REPLAY, event_ids))
 
 
-async def republish_unsettled(connection: Connection, *, since: datetime, published_before: timedelta, limit: int) -> list[UUID]:
+async def republish_unsettled(
+    connection: Connection, *, since: datetime, published_before: timedelta, limit: int
+) -> list[UUID]:
     """Publish again what was published longer than `published_before` ago and has been neither processed nor buried."""
     return [row["event_id"] for row in await connection.fetch(_REPUBLISH_UNSETTLED, since, published_before, limit)]
 

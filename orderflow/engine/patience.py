@@ -105,7 +105,9 @@ def database_error(url: str, error: BaseException) -> DependencyUnavailable | Mi
         case asyncpg.InvalidCatalogNameError():
             return Misconfigured(f"{where} has no database {parts.path.lstrip('/')!r}: create it or correct DATABASE_URL")
         case asyncpg.TooManyConnectionsError():
-            return DependencyUnavailable(f"{where} has no free connection: raise max_connections or lower ORDERFLOW_DATABASE_POOL_SIZE")
+            return DependencyUnavailable(
+                f"{where} has no free connection: raise max_connections or lower ORDERFLOW_DATABASE_POOL_SIZE"
+            )
         case TimeoutError():
             return DependencyUnavailable(f"{where} does not answer: check the address in DATABASE_URL")
         case OSError():

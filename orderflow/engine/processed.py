@@ -45,9 +45,7 @@ class Known:
 async def look_up(database: Database, event_ids: Sequence[UUID]) -> list[Known | None]:
     """What is known of each event; None for one without an outbox row here."""
     rows = await database.fetch(_LOOK_UP, event_ids)
-    known = {
-        row["event_id"]: Known(row["attempt"], row["first_attempt"], row["processed"], row["buried"]) for row in rows
-    }
+    known = {row["event_id"]: Known(row["attempt"], row["first_attempt"], row["processed"], row["buried"]) for row in rows}
     return [known.get(event_id) for event_id in event_ids]
 
 

@@ -37,7 +37,8 @@ class Relay:
 
     def __init__(
         self, open_database: Callable[[], Awaitable[Database]], direct_url: str, kafka: Kafka, woken: asyncio.Event,
-        *, burials: Mapping[str, Burial] | None = None, batch: int = 1000, poll: float = 1.0, heartbeat: float = 2.0, started: Callable[[], None] = lambda: None,
+        *, burials: Mapping[str, Burial] | None = None, batch: int = 1000, poll: float = 1.0, heartbeat: float = 2.0,
+        started: Callable[[], None] = lambda: None,
     ) -> None:  # fmt: skip
         self._open_database = open_database
         self._direct_url = direct_url
@@ -75,9 +76,7 @@ class Relay:
         await stopping.wait()
         self._woken.set()
 
-    async def _rounds(
-        self, database: Database, shards: Shards, producer: AIOKafkaProducer, stopping: asyncio.Event
-    ) -> None:
+    async def _rounds(self, database: Database, shards: Shards, producer: AIOKafkaProducer, stopping: asyncio.Event) -> None:
         balanced_at = float("-inf")
         while not stopping.is_set():
             if time.monotonic() - balanced_at >= 1.0:
@@ -124,7 +123,7 @@ class Relay:
         return len(due)
 
     async def _produce(self, producer: AIOKafkaProducer, due: Sequence[Message]) -> tuple[list[BaseException | None], bool]:
-        """Send in order; for each event None when Kafka acknowledged it, else the error. True when the producer is stuck now."""
+        """Send in order; for each event None when Kafka acknowledged it, else the error. True: the producer is stuck."""
         results: list[BaseException | None] = [TimeoutError("no acknowledgement in time")] * len(due)
         sent: dict[int, asyncio.Future[object]] = {}
         try:
@@ -151,13 +150,11 @@ class Relay:
             await self._find_guilty(due, refused, results)
         return results, bool(refused)
 
-    async def _find_guilty(
-        self, due: Sequence[Message], refused: Sequence[int], results: list[BaseException | None]
-    ) -> None:
+    async def _find_guilty(self, due: Sequence[Message], refused: Sequence[int], results: list[BaseException | None]) -> None:
         """The broker refuses a whole batch for one record: sent alone, and in order, the first that is refused is guilty.
 
-        The others keep their error. A refused batch leaves a gap in its producer's sequence numbers, and the broker takes nothing
-        after it: this is done with a producer of its own, and the role starts again with a fresh one.
+        The others keep their error. A refused batch leaves a gap in its producer's sequence numbers, and the broker takes
+        nothing after it: this is done with a producer of its own, and the role starts again with a fresh one.
         """
         producer = await self._kafka.producer()
         try:

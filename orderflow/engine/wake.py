@@ -1,8 +1,8 @@
 """The wake-up: a LISTEN connection whose notifications set an asyncio.Event.
 
-A notification is a hint and lost on any reconnect; correctness is the relay's poll. The connection does nothing else: a listener
-inside a transaction would hold PostgreSQL's notification queue. Its heartbeat finds what TCP does not tell: a half-open
-connection stays silent for minutes (asyncpg #519).
+A notification is a hint and lost on any reconnect; correctness is the relay's poll. The connection does nothing else: a
+listener inside a transaction would hold PostgreSQL's notification queue. Its heartbeat finds what TCP does not tell: a
+half-open connection stays silent for minutes (asyncpg #519).
 """
 
 from __future__ import annotations

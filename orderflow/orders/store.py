@@ -114,9 +114,7 @@ async def place(connection: Database | Connection, orders: Sequence[NewOrder]) -
     ]
 
 
-async def _resolve(
-    connection: Database | Connection, orders: Sequence[NewOrder]
-) -> dict[UUID, Placed | KeyReused]:
+async def _resolve(connection: Database | Connection, orders: Sequence[NewOrder]) -> dict[UUID, Placed | KeyReused]:
     rows = await connection.fetch(_RESOLVE, [o.order_id for o in orders], [o.key for o in orders])
     asked = {o.order_id: o for o in orders}
     results: dict[UUID, Placed | KeyReused] = {}
@@ -144,9 +142,7 @@ async def get(database: Database, order_id: UUID) -> Order | None:
     return _order(row) if row else None
 
 
-async def newest(
-    database: Database, *, state: State | None, limit: int, after: tuple[datetime, UUID] | None
-) -> list[Order]:
+async def newest(database: Database, *, state: State | None, limit: int, after: tuple[datetime, UUID] | None) -> list[Order]:
     """Orders, newest first, that come after the keyset cursor `(created_at, id)`."""
     # Conditions that are not asked for are left out, and the state stands in the text: under `$1 IS NULL OR ...` a generic plan
     # can use neither the keyset (a deep page would read all pages before it) nor the partial index of the orders in flight.

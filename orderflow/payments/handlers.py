@@ -49,7 +49,13 @@ class FailOrder:
             return lambda: None
         payload = {"orderId": str(order_id), "reason": reason, "failure": Failure.ERROR}
         failed = Message(
-            new_id(), "OrderFailed", "order", order_id, orjson.dumps(payload).decode(), datetime.now(UTC), headers=message.trace()
+            new_id(),
+            "OrderFailed",
+            "order",
+            order_id,
+            orjson.dumps(payload).decode(),
+            datetime.now(UTC),
+            headers=message.trace(),
         )
         await outbox.append(connection, [failed])
         old = State.CREATED if version == 2 else State.PAYMENT_PENDING
@@ -65,7 +71,14 @@ class ChargeHandler(FailOrder):
     """Handles OrderCreated. `timeout`: seconds that one call of the gateway may take."""
 
     def __init__(
-        self, database: Database, gateway: Gateway, *, worker_id: str, timeout: float = 5.0, batch: int = 500, in_flight: int = 4
+        self,
+        database: Database,
+        gateway: Gateway,
+        *,
+        worker_id: str,
+        timeout: float = 5.0,
+        batch: int = 500,
+        in_flight: int = 4,
     ) -> None:
         self._database = database
         self._gateway = gateway
@@ -118,7 +131,9 @@ class ChargeHandler(FailOrder):
                 return await self._gateway.find(reference)
         except Exception as error:
             if isinstance(error, ChargeUnknown) or is_transient(error):
-                raise OutcomeUnknown(f"Payment outcome unknown: the gateway cannot be asked ({str(error) or type(error).__name__})") from error
+                raise OutcomeUnknown(
+                    f"Payment outcome unknown: the gateway cannot be asked ({str(error) or type(error).__name__})"
+                ) from error
             raise
 
     async def _settle(self, delivery: Delivery, order: Begun, charge: Charge | None) -> Outcome:

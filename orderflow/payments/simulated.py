@@ -27,12 +27,14 @@ FROM unnest($1::text[]) AS t(key) LEFT JOIN gateway_charges c ON c.idempotency_k
 
 _WRITE = """
 WITH input AS (
-    SELECT * FROM unnest($1::uuid[], $2::text[], $3::uuid[], $4::numeric[], $5::text[]) AS t(id, key, reference, amount, status)),
+    SELECT * FROM unnest($1::uuid[], $2::text[], $3::uuid[], $4::numeric[], $5::text[])
+                  AS t(id, key, reference, amount, status)),
 written AS (
     INSERT INTO gateway_charges (id, idempotency_key, reference, amount, status)
     SELECT * FROM input ORDER BY key ON CONFLICT (idempotency_key) DO NOTHING
     RETURNING idempotency_key, id, status, created_at)
-SELECT i.key, coalesce(w.id, c.id) AS id, coalesce(w.status, c.status) AS status, coalesce(w.created_at, c.created_at) AS created_at
+SELECT i.key, coalesce(w.id, c.id) AS id, coalesce(w.status, c.status) AS status,
+       coalesce(w.created_at, c.created_at) AS created_at
 FROM input i LEFT JOIN written w ON w.idempotency_key = i.key LEFT JOIN gateway_charges c ON c.idempotency_key = i.key
 """
 
@@ -66,7 +68,7 @@ class _Entry:
 
 
 class SimulatedGateway:
-    """A `Gateway` that takes `delay` seconds and succeeds for a share `success_rate` of orders, the same ones for the same seed."""
+    """A `Gateway` that takes `delay` seconds and succeeds for a share `success_rate` of orders, the same for the same seed."""
 
     def __init__(self, database: Database, *, delay: float = 0.5, success_rate: float = 0.7, seed: int = 1) -> None:
         self._database = database

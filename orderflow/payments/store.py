@@ -23,8 +23,8 @@ FROM input i JOIN orders o ON o.id = i.id LEFT JOIN moved m ON m.id = o.id
 """
 
 # The order's row decides: what does not move it is not recorded either, so that of two deliveries at the same moment, or of a
-# settlement and a burial, exactly one takes effect. Two deliveries of one order can meet in one group, too: one without its key is
-# not held behind the other.
+# settlement and a burial, exactly one takes effect. Two deliveries of one order can meet in one group, too: one without its key
+# is not held behind the other.
 _SETTLE = """
 WITH input AS (
     SELECT DISTINCT ON (order_id) *
@@ -47,7 +47,8 @@ SELECT i.new_event_id FROM input i JOIN moved m ON m.id = i.order_id
 """
 
 _FAIL = """
-UPDATE orders SET state = 'FAILED', version = version + 1, failure = 'error', updated_at = now(), entered_at = entered_at || now()
+UPDATE orders SET state = 'FAILED', version = version + 1, failure = 'error', updated_at = now(),
+                  entered_at = entered_at || now()
 WHERE id = $1 AND state IN ('CREATED', 'PAYMENT_PENDING')
 RETURNING version
 """
@@ -129,5 +130,3 @@ async def unbury_for_late_charge(connection: Connection, event_id: UUID) -> None
     """Take the dead letter of an order back whose charge turned out to exist; nothing is published again."""
     await connection.execute("DELETE FROM dead_letter_events WHERE event_id = $1", event_id)
     await connection.execute("UPDATE outbox SET available_at = NULL WHERE event_id = $1 AND published_at IS NOT NULL", event_id)
-
-

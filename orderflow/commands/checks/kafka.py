@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from aiokafka import AIOKafkaConsumer, TopicPartition
@@ -21,10 +23,25 @@ _FETCH, _FETCH_OF_4_0 = 1, 4
 LAG_TOLERANCE = 10_000
 
 
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """aiokafka logs what it retries; here the result is what counts, and it is one line."""
+    logger = logging.getLogger("aiokafka")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
 async def check(kafka: Kafka) -> list[Check]:
     """Everything about the cluster: brokers, topic, partitions, replication, and the lag of the workers' group."""
-    # aiokafka logs what it retries; here the result is what counts, and it is one line.
-    logging.getLogger("aiokafka").setLevel(logging.CRITICAL)
+    with _quiet():
+        return await _check(kafka)
+
+
+async def _check(kafka: Kafka) -> list[Check]:
     try:
         options = kafka.options() | {"request_timeout_ms": int(LIMIT * 1000)}
     except OSError as error:
