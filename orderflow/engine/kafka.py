@@ -17,6 +17,8 @@ from orderflow.engine.patience import DependencyUnavailable, Misconfigured
 MAX_RECORD_BYTES = 1_000_000
 # The least that a broker allows by default: it bounds how long a killed worker's partitions wait for their next owner.
 SESSION_TIMEOUT_MS = 6_000
+# The mock broker lets every rebalance last that long.
+EMBEDDED_SESSION_TIMEOUT_MS = 2_000
 JOIN_TIMEOUT_SECONDS = 60.0
 
 
@@ -72,9 +74,10 @@ class Kafka:
 
         Raises DependencyUnavailable when no broker answers in time.
         """
+        session = EMBEDDED_SESSION_TIMEOUT_MS if self.embedded else SESSION_TIMEOUT_MS
         consumer = AIOKafkaConsumer(
             **self.options(), client_id=client_id, group_id=self.group, enable_auto_commit=False,
-            auto_offset_reset="earliest", session_timeout_ms=SESSION_TIMEOUT_MS, heartbeat_interval_ms=1_000,
+            auto_offset_reset="earliest", session_timeout_ms=session, heartbeat_interval_ms=session // 6,
             # A broker that does not wake a waiting fetch: 5 ms bound its round trip. A real one answers when data arrives, and
             # the same limit would only make it answer empty fetches.
             fetch_max_wait_ms=5 if self.embedded else 500, retry_backoff_ms=100,

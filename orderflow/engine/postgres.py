@@ -34,7 +34,8 @@ class Database:
             pool = await asyncio.wait_for(
                 asyncpg.create_pool(
                     url, min_size=1, max_size=size, timeout=timeout, command_timeout=timeout,
-                    init=_keep_alive, reset=_nothing_to_reset, max_inactive_connection_lifetime=60.0, statement_cache_size=statement_cache,
+                    init=_keep_alive, reset=_nothing_to_reset,
+                    max_inactive_connection_lifetime=60.0, statement_cache_size=statement_cache,
                     server_settings=_session(application, timeout),
                 ),
                 timeout * 2,
