@@ -51,29 +51,40 @@ def torture(
     chosen = secrets.randbelow(1_000_000) if seed is None else seed
     if not as_json:
         click.echo(f"seed {chosen}")
+    extent = Extent(seconds, rate, settle=settle)
+    again = f"orderflow torture --seed {chosen} --seconds {seconds:g} --rate {rate:g}{' --embedded-broker' * embedded_broker}"
     directory = Path(tempfile.mkdtemp(prefix="orderflow-torture-"))
     directory.chmod(0o711)  # as root, PostgreSQL runs as another user, who must get through
-    wanted = True
+    kept = True
     try:
         with _status_line() as tell:
-            report = asyncio.run(_run(directory, chosen, Extent(seconds, rate, settle=settle), embedded_broker, tell))
-        wanted = keep or bool(report.problems)
-    except* (EmbeddedError, ProgramFailed) as group:
-        reasons = "; ".join(dict.fromkeys(str(error) for error in _leaves(group)))
-        raise click.ClickException(f"seed {chosen}: {reasons} (logs in {directory})") from group
+            report = asyncio.run(_run(directory, chosen, extent, embedded_broker, tell))
+        kept = keep or bool(report.problems)
+    except KeyboardInterrupt:
+        kept = keep
+        raise
+    except ExceptionGroup as group:
+        reasons = "; ".join(dict.fromkeys(map(_reason, _leaves(group))))
+        raise click.ClickException(f"{reasons} (again with: {again}; logs in {directory})") from group
+    except (EmbeddedError, ProgramFailed) as error:
+        raise click.ClickException(f"{error} (again with: {again}; logs in {directory})") from error
     finally:
-        if not wanted:
+        if not kept:
             shutil.rmtree(directory, ignore_errors=True)
     if as_json:
         print_json(_document(report))
     else:
         show(report)
-    if report.problems:
-        again = f"orderflow torture --seed {chosen} --seconds {seconds:g} --rate {rate:g}"
+    if kept:
         click.echo(f"orderflow: again with: {again}; logs in {directory}", err=True)
-    elif keep:
-        click.echo(f"logs in {directory}", err=True)
     return 1 if report.problems else 0
+
+
+def _reason(error: BaseException) -> str:
+    from orderflow.bench.program import ProgramFailed
+    from orderflow.embedded.errors import EmbeddedError
+
+    return str(error) if isinstance(error, EmbeddedError | ProgramFailed) else f"{type(error).__name__}: {error}"
 
 
 async def _run(directory: Path, seed: int, extent: Extent, embedded_broker: bool, tell: Callable[[str], None]) -> Report:

@@ -18,6 +18,10 @@ from orderflow.engine.telemetry import PUBLISHER, emit
 # One process at a time; the others' turns end at once.
 JANITOR_LOCK = 0x6F66_0003_0000_0000
 LIMIT = 1000
+EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+# Every so many turns all rows are looked at: an old event can come back by a redrive, and a row can become visible late, or
+# carry a creation time of its own.
+FULL_EVERY = 20
 
 
 class Janitor:
@@ -28,7 +32,8 @@ class Janitor:
     def __init__(self, open_database: Callable[[], Awaitable[Database]], *, horizon: float = 60.0) -> None:
         self._open_database = open_database
         self._horizon = horizon
-        self._settled_before = datetime(1970, 1, 1, tzinfo=UTC)
+        self._settled_before = EPOCH
+        self._turns = 0
 
     async def run(self, stopping: asyncio.Event) -> None:
         """Work in turns until `stopping` is set."""
@@ -48,6 +53,9 @@ class Janitor:
         async with database.transaction() as connection:
             if not await connection.fetchval("SELECT pg_try_advisory_xact_lock($1)", JANITOR_LOCK):
                 return 0
+            if self._turns % FULL_EVERY == 0:
+                self._settled_before = EPOCH
+            self._turns += 1
             begun = await connection.fetchval("SELECT now()")
             found = await outbox.republish_unsettled(
                 connection, since=self._settled_before, published_before=timedelta(seconds=self._horizon), limit=LIMIT

@@ -19,7 +19,7 @@ MAX_RECORD_BYTES = 1_000_000
 SESSION_TIMEOUT_MS = 6_000
 # The mock broker lets every rebalance last that long.
 EMBEDDED_SESSION_TIMEOUT_MS = 2_000
-JOIN_TIMEOUT_SECONDS = 60.0
+JOIN_TIMEOUT_SECONDS = 15.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -146,6 +146,9 @@ class Relay:
                     refused.append(place)
                 else:
                     results[place] = future.exception()
+            else:
+                # It ends later, with nobody to ask for its error any more.
+                future.add_done_callback(_take_error)
         if refused:
             await self._find_guilty(due, refused, results)
         return results, bool(refused)
@@ -192,6 +195,11 @@ class Relay:
             emit(PUBLISHER, "DLQ_EVENT", eventId=message.id, reason=reason)
         if tell is not None:
             tell()
+
+
+def _take_error(future: asyncio.Future[object]) -> None:
+    if not future.cancelled():
+        future.exception()
 
 
 def _sort(

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import subprocess
 import sys
 from pathlib import Path
 
+import asyncpg
 import pytest
 
+from orderflow.bench import reference
 from orderflow.bench.figures import Figure, best_of
 from orderflow.bench.latency import percentile
 from orderflow.bench.reference import orders_per_second
+from orderflow.bench.servers import Servers, Target
 from orderflow.bench.suite import with_needed
 from tests import servers
 from tests.programs import ROOT
@@ -59,6 +63,34 @@ def test_the_embedded_broker_is_named_in_the_output() -> None:
     assert result.returncode == 0, result.stderr
     assert "mock: in memory, carries no durability claim" in result.stdout
     assert "S1 ready" in result.stdout
+
+
+async def test_the_reference_does_what_an_order_needs(
+    database_url: str, connection: asyncpg.Connection, tmp_path: Path
+) -> None:
+    servers_ = Servers(tmp_path, database_url=database_url, bootstrap="127.0.0.1:1")
+    target = Target(database_url, "127.0.0.1:1", "unused", embedded_broker=True)
+    assert await reference.measure(servers_, target, tmp_path, seconds=1) > 0
+    # A client that is cut off by the end of the time leaves its order where it was.
+    unfinished = await connection.fetchval("SELECT count(*) FROM orders WHERE state <> 'PAID'")
+    assert unfinished <= reference.CLIENTS
+    orders = await connection.fetchval("SELECT count(*) FROM orders")
+    published = await connection.fetchval("SELECT count(*) FROM outbox WHERE published_at IS NOT NULL")
+    processed = await connection.fetchval("SELECT count(*) FROM processed_events")
+    assert orders > 0
+    assert 2 * (orders - unfinished) - reference.CLIENTS <= published <= 2 * orders
+    assert processed == orders - unfinished
+
+
+@pytest.mark.timeout(120)
+async def test_a_server_that_is_named_is_left_as_it_was(database_url: str, connection: asyncpg.Connection) -> None:
+    scratch = "SELECT count(*) FROM pg_database WHERE datname LIKE 'orderflow_bench%'"
+    result = await asyncio.to_thread(
+        run, "bench", "B", "--quick", "--seconds", "1", "--database-url", database_url, "--embedded-broker"
+    )
+    assert result.returncode == 0, result.stderr
+    assert await connection.fetchval("SELECT count(*) FROM orders") == 0
+    assert await connection.fetchval(scratch) == 0
 
 
 def test_without_java_the_error_names_the_way_out(tmp_path: Path) -> None:

@@ -15,22 +15,10 @@ import pytest
 from orderflow.engine.consumer import Consumer
 from orderflow.engine.executor import Record
 from orderflow.payments.handlers import ChargeHandler
-from tests.pipeline import (
-    FakeGateway,
-    Facts,
-    committed_offsets,
-    insert_event,
-    kafka_for,
-    message_of,
-    opened,
-    place,
-    producing,
-    running,
-    states,
-    watching,
-    worker_with,
-)
+from tests.pipeline import Facts, FakeGateway, kafka_for, opened, running, watching, worker_with
+from tests.rows import insert_event, message_of, place, states
 from tests.servers import Broker
+from tests.topics import committed_offsets, producing
 from tests.waiting import eventually
 
 
@@ -305,7 +293,6 @@ async def has_read(broker: Broker, group: str, wanted: dict[int, int]) -> bool:
 
 async def test_the_worker_says_who_it_is_when_it_has_come_up(database_url: str, kafka: Broker, topic: str) -> None:
     started = asyncio.Event()
-    facts = Facts()
     with watching() as facts:
         worker = worker_with({}, database_url, kafka_for(kafka, topic), worker_id="payment-worker-7", started=started.set)
         async with running(worker):

@@ -13,7 +13,7 @@ import pytest
 from orderflow.engine import dead_letters
 from orderflow.engine.dead_letters import Place
 from orderflow.engine.outbox import Failure
-from tests.pipeline import dead_letter, insert_event, message_of, one_database
+from tests.rows import dead_letter, insert_event, message_of, one_database
 
 database_url = one_database
 

@@ -20,14 +20,12 @@ from orderflow.engine.message import Message
 from orderflow.engine.outcome import Done, Outcome
 from orderflow.engine.postgres import Connection
 from orderflow.engine.retry import Permanent
-from tests.pipeline import (
-    Facts,
-    FakeGateway,
+from tests.pipeline import Facts, FakeGateway, executing, watching
+from tests.rows import (
     as_record,
     charges_of,
     dead_letter,
     events_of,
-    executing,
     insert_event,
     is_processed,
     message_of,
@@ -35,7 +33,6 @@ from tests.pipeline import (
     order_row,
     place,
     record_of,
-    watching,
 )
 
 database_url = one_database
@@ -407,7 +404,8 @@ async def test_connections_ended_in_the_middle_of_everything(connection: asyncpg
 
 async def end_connections(connection: asyncpg.Connection) -> None:
     await connection.execute(
-        "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE application_name = 'orderflow' AND datname = current_database()"
+        "SELECT pg_terminate_backend(pid) FROM pg_stat_activity"
+        " WHERE application_name = 'orderflow' AND datname = current_database()"
     )
 
 

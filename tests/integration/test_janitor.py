@@ -11,25 +11,15 @@ from aiokafka import AIOKafkaConsumer, TopicPartition
 from orderflow.app import kafka_of, relay_of, worker_of
 from orderflow.engine.janitor import JANITOR_LOCK, Janitor
 from orderflow.health import Health
-from tests.pipeline import (
-    charges_of,
-    insert_event,
-    opened,
-    opening,
-    order_row,
-    place,
-    records_in,
-    running,
-    set_mode,
-    settings_for,
-    settled,
-    violations,
-    watching,
-)
+from tests.pipeline import opened, opening, running, settings_for, watching
+from tests.rows import charges_of, insert_event, order_row, place, set_mode, settled, violations
 from tests.servers import Broker
+from tests.topics import records_in
 from tests.waiting import eventually
 
-LONG_AGO = "UPDATE outbox SET published_at = now() - interval '10 min', created_at = now() - interval '11 min' WHERE event_id = ANY($1)"
+LONG_AGO = """
+UPDATE outbox SET published_at = now() - interval '10 min', created_at = now() - interval '11 min' WHERE event_id = ANY($1)
+"""
 
 
 def janitor_of(url: str, horizon: float = 60.0) -> Janitor:

@@ -14,7 +14,7 @@ from orderflow import migrations
 from orderflow.embedded.postgres import EmbeddedPostgres
 from orderflow.engine.patience import DependencyUnavailable, Misconfigured
 from orderflow.migrations import VERSION, Migrated, check, current_version, migrate, upgrade_steps
-from tests.pipeline import Fleet
+from tests.fleet import Fleet
 
 NEXT = VERSION + 1
 

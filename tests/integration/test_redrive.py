@@ -14,23 +14,19 @@ from orderflow.engine.dead_letters import NotRedrivable
 from orderflow.health import Health
 from orderflow.payments.gateway import ChargeFailed, Declined
 from orderflow.payments.redrive import RedriveResult, redrive
-from tests.pipeline import (
-    FakeGateway,
+from tests.pipeline import FakeGateway, executing, running, settings_for, watching
+from tests.rows import (
     charges_of,
     dead_letter,
     events_of,
-    executing,
     insert_event,
     is_processed,
     order_row,
     place,
     record_of,
-    running,
     set_mode,
-    settings_for,
     settled,
     violations,
-    watching,
 )
 from tests.servers import Broker
 

@@ -21,20 +21,10 @@ from orderflow.engine.patience import DependencyUnavailable
 from orderflow.engine.relay import Relay
 from orderflow.engine.shards import SHARD_LOCK
 from orderflow.payments.handlers import FailOrder
-from tests.pipeline import (
-    Facts,
-    dead_letter,
-    events_of,
-    insert_event,
-    kafka_for,
-    opening,
-    order_row,
-    place,
-    records_in,
-    running,
-    watching,
-)
+from tests.pipeline import Facts, kafka_for, opening, running, watching
+from tests.rows import dead_letter, events_of, insert_event, order_row, place
 from tests.servers import Broker
+from tests.topics import records_in
 from tests.waiting import eventually
 
 NEVER = 3600.0
@@ -420,7 +410,8 @@ async def no_owner(connection: asyncpg.Connection) -> bool:
 
 async def came_back(connection: asyncpg.Connection) -> bool:
     return await connection.fetchval(
-        "SELECT EXISTS (SELECT FROM pg_stat_activity WHERE datname = current_database() AND application_name = 'orderflow shards'"
+        "SELECT EXISTS (SELECT FROM pg_stat_activity WHERE datname = current_database()"
+        " AND application_name = 'orderflow shards'"
         " AND query LIKE '%pg_try_advisory_lock%' AND state = 'idle')"
     )
 

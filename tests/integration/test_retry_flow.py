@@ -13,26 +13,10 @@ from orderflow.app import kafka_of, relay_of, worker_of
 from orderflow.engine.relay import Relay
 from orderflow.engine.worker import Worker
 from orderflow.health import Health
-from tests.pipeline import (
-    Facts,
-    charges_of,
-    committed_offsets,
-    dead_letter,
-    events_of,
-    message_of,
-    order_row,
-    place,
-    records_in,
-    running,
-    send_again,
-    set_mode,
-    settings_for,
-    settled,
-    states,
-    violations,
-    watching,
-)
+from tests.pipeline import Facts, running, settings_for, watching
+from tests.rows import charges_of, dead_letter, events_of, message_of, order_row, place, set_mode, settled, states, violations
 from tests.servers import Broker
+from tests.topics import committed_offsets, records_in, send_again
 from tests.waiting import eventually
 
 ERROR = "Payment gateway error: Insufficient funds"

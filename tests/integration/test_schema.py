@@ -12,7 +12,7 @@ import pytest
 from orderflow.engine.outbox import SHARDS
 from orderflow.migrations import schema_sql
 from orderflow.orders.model import Failure, State, may_go
-from tests.pipeline import one_database
+from tests.rows import one_database
 
 database_url = one_database
 
@@ -140,7 +140,8 @@ async def test_a_declined_order_never_goes_back(connection: asyncpg.Connection) 
     order_id = await insert(connection, "FAILED", 3, "declined")
     with pytest.raises(asyncpg.CheckViolationError):
         await connection.execute(
-            "UPDATE orders SET state = 'PAYMENT_PENDING', version = 4, failure = NULL, entered_at = entered_at || now() WHERE id = $1",
+            "UPDATE orders SET state = 'PAYMENT_PENDING', version = 4, failure = NULL, entered_at = entered_at || now()"
+            " WHERE id = $1",
             order_id,
         )
 

@@ -10,7 +10,7 @@ import pytest
 
 from orderflow.engine.outbox import SHARDS
 from orderflow.engine.shards import SHARD_LOCK, Shards
-from tests.pipeline import one_database
+from tests.rows import one_database
 from tests.waiting import eventually
 
 database_url = one_database

@@ -10,7 +10,8 @@ import asyncpg
 
 from orderflow.embedded.postgres import EmbeddedPostgres
 from orderflow.engine.wake import Wake
-from tests.pipeline import insert_event, watching
+from tests.pipeline import watching
+from tests.rows import insert_event
 
 LIMIT = 30.0
 PID = "SELECT pid FROM pg_stat_activity WHERE application_name = 'orderflow wake' AND datname = current_database()"
