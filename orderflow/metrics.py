@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from orderflow import __version__
 from orderflow.engine import telemetry
+from orderflow.engine.patience import within
 from orderflow.engine.telemetry import WORKER, emit
 
 if TYPE_CHECKING:
@@ -209,7 +210,7 @@ async def metrics_line(settings: Settings, totals: Totals, stopping: asyncio.Eve
     try:
         while not stopping.is_set():
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(stopping.wait(), settings.metrics_interval_seconds)
+                await within(stopping.wait(), settings.metrics_interval_seconds)
             if not stopping.is_set():
                 say()
     finally:

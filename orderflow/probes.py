@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from urllib.parse import urlsplit
 
 from orderflow.health import POSTGRES, Health
@@ -25,10 +26,9 @@ class Probes:
         """Look every few seconds until `stopping` is set."""
         while not stopping.is_set():
             await self.run_once()
-            try:
-                await asyncio.wait_for(stopping.wait(), INTERVAL_SECONDS)
-            except TimeoutError:
-                continue
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(INTERVAL_SECONDS):
+                    await stopping.wait()
 
     async def run_once(self) -> None:
         """One look at each dependency."""
@@ -48,7 +48,8 @@ def _address(server: str) -> tuple[str, int]:
 async def _reach(host: str, port: int) -> str | None:
     """None when something accepts connections there, else why not."""
     try:
-        _, writer = await asyncio.wait_for(asyncio.open_connection(host, port), TIMEOUT_SECONDS)
+        async with asyncio.timeout(TIMEOUT_SECONDS):
+            _, writer = await asyncio.open_connection(host, port)
     except (OSError, TimeoutError) as error:
         return f"{host}:{port}: {str(error) or 'no answer'}"
     writer.close()

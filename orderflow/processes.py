@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
-from orderflow.engine.patience import Misconfigured
+from orderflow.engine.patience import Misconfigured, within
 from orderflow.engine.telemetry import PROCESS, emit
 from orderflow.settings import ROLES, Role, Settings, environment_name
 from orderflow.supervisor import (
@@ -226,7 +226,7 @@ class _Processes:
                 self._fail(f"{slot.name} crashed too often")
                 return
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._stopping.wait(), restart_delay(failures))
+                await within(self._stopping.wait(), restart_delay(failures))
 
     async def _run_once(self, slot: _Slot) -> int:
         """Start the slot's process and wait for its end; returns its exit code, negative for a signal."""

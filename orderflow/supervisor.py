@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from types import FrameType
 from typing import Any, Final, Protocol
 
-from orderflow.engine.patience import Misconfigured, is_transient
+from orderflow.engine.patience import Misconfigured, is_transient, within
 from orderflow.engine.telemetry import PROCESS, emit
 
 OK: Final = 0
@@ -190,7 +190,7 @@ class _Supervisor:
 
     async def _stopped_within(self, seconds: float) -> bool:
         with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(self._stopping.wait(), seconds)
+            await within(self._stopping.wait(), seconds)
         return self._stopping.is_set()
 
     def _fail(self, reason: str, code: int) -> None:

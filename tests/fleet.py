@@ -17,8 +17,10 @@ from uuid import UUID
 
 import aiohttp
 
+from orderflow.embedded.kafka import ApacheKafka
 from orderflow.engine import telemetry
 from tests.pipeline import PATIENCE, Facts
+from tests.servers import Broker
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -86,9 +88,14 @@ class Process:
 class Fleet:
     """Processes of one test, all against the same servers; ended with the test."""
 
-    def __init__(self, url: str, bootstrap: str, topic: str, **environment: str) -> None:
+    def __init__(self, url: str, broker: Broker | None, topic: str, **environment: str) -> None:
+        if broker is not None:
+            embedded = not isinstance(broker, ApacheKafka)
+            environment = {
+                "KAFKA_BOOTSTRAP_SERVERS": broker.bootstrap, "ORDERFLOW_KAFKA_EMBEDDED": str(embedded), **environment,
+            }  # fmt: skip
         self.environment = {
-            "DATABASE_URL": url, "KAFKA_BOOTSTRAP_SERVERS": bootstrap, "HTTP_PORT": "0", "ORDERFLOW_TOPIC": topic,
+            "DATABASE_URL": url, "HTTP_PORT": "0", "ORDERFLOW_TOPIC": topic,
             "ORDERFLOW_CONSUMER_GROUP": topic, "ORDERFLOW_LOG_FORMAT": "json", "ORDERFLOW_GATEWAY_DELAY_MS": "20",
             "ORDERFLOW_BACKOFF_BASE_MS": "20", "ORDERFLOW_TOPIC_PARTITIONS": "4", "ORDERFLOW_RECONCILE_SECONDS": "5",
             **environment,

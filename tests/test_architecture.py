@@ -236,3 +236,16 @@ def test_help_starts_without_a_server_library() -> None:
     result = subprocess.run((sys.executable, "-c", program), cwd=ROOT, capture_output=True, text=True, timeout=30, check=False)
     assert result.returncode == 0, result.stderr
     assert "Usage" in result.stdout
+
+
+@every_module
+def test_no_wait_swallows_a_cancellation(module: Module) -> None:
+    """asyncio.wait_for does, in Python 3.11 (gh-86296): engine.patience.within stands in its place."""
+    if within(module.name, "embedded"):
+        return  # below the engine; what it waits for there is shielded
+    used = [
+        node.lineno
+        for node in ast.walk(module.tree)
+        if isinstance(node, ast.Attribute) and ast.unparse(node) == "asyncio.wait_for"
+    ]
+    assert not used, f"asyncio.wait_for in lines {used}: use engine.patience.within, or asyncio.timeout"

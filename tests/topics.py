@@ -61,12 +61,14 @@ async def _partitions(broker: Broker, topic: str) -> list[int]:
         await admin.close()
 
 
-async def committed_offsets(broker: Broker, group: str) -> dict[int, int]:
-    """What the group has committed, by partition."""
-    admin = AIOKafkaAdminClient(bootstrap_servers=broker.bootstrap)
-    await admin.start()
+async def committed_offsets(broker: Broker, topic: str, group: str | None = None) -> dict[int, int]:
+    """What the group (by default, the one named like the topic) has committed, by partition."""
+    consumer = AIOKafkaConsumer(bootstrap_servers=broker.bootstrap, group_id=group or topic, enable_auto_commit=False)
+    await consumer.start()
     try:
-        offsets = await admin.list_consumer_group_offsets(group)
-        return {place.partition: found.offset for place, found in offsets.items() if found.offset >= 0}
+        places = [TopicPartition(topic, number) for number in await _partitions(broker, topic)]
+        consumer.assign(places)
+        found = {place.partition: await consumer.committed(place) for place in places}
     finally:
-        await admin.close()
+        await consumer.stop()
+    return {partition: offset for partition, offset in found.items() if offset is not None}

@@ -50,8 +50,8 @@ class Exchange(asyncio.Protocol):
     async def open(cls, address: Address, ended: Callable[[Exchange, Answer | None], None], *, timeout: float) -> Exchange:
         """Connect within `timeout` seconds. Raises OSError or TimeoutError."""
         loop = asyncio.get_running_loop()
-        connecting = loop.create_connection(lambda: cls(ended), address.host, address.port)
-        return (await asyncio.wait_for(connecting, timeout))[1]
+        async with asyncio.timeout(timeout):
+            return (await loop.create_connection(lambda: cls(ended), address.host, address.port))[1]
 
     def send(self, request: bytes) -> None:
         """Send a whole request; what became of it comes through `ended`."""

@@ -125,7 +125,8 @@ class ClosedLoop:
         for exchange in exchanges:
             self._send(exchange)
         try:
-            await asyncio.wait_for(self._idle.wait(), self._options.seconds + LAST_ANSWERS_TIMEOUT)
+            async with asyncio.timeout(self._options.seconds + LAST_ANSWERS_TIMEOUT):
+                await self._idle.wait()
         except TimeoutError:
             self._answers["none"] += len(self._sent)
         summary.last_answered = time.time()

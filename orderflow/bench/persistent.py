@@ -112,7 +112,8 @@ class _Connection:
                 self._exchange = await Exchange.open(self._address, self._ended, timeout=CONNECT_TIMEOUT)
             self._waiting = asyncio.get_running_loop().create_future()
             self._exchange.send(request)
-            return await asyncio.wait_for(self._waiting, ANSWER_TIMEOUT)
+            async with asyncio.timeout(ANSWER_TIMEOUT):
+                return await self._waiting
         except (OSError, TimeoutError):
             self.close()
             return None

@@ -58,7 +58,7 @@ class Program:
         try:
             await self._child.until_ready(self._is_ready, timeout)
         except BaseException:
-            await self._child.kill()
+            await self._child.stop()
             raise
         return time.monotonic() - begun
 

@@ -93,7 +93,8 @@ async def measure(servers: Servers, target: Target, directory: Path, *, seconds:
         env=environment,
     )  # fmt: skip
     try:
-        output, complaint = await asyncio.wait_for(process.communicate(), seconds + START_TIMEOUT)
+        async with asyncio.timeout(seconds + START_TIMEOUT):
+            output, complaint = await process.communicate()
     except TimeoutError:
         raise ProgramFailed(f"pgbench did not end within {seconds + START_TIMEOUT:.0f} s") from None
     finally:

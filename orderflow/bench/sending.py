@@ -27,7 +27,8 @@ async def send(options: Options, enough: asyncio.Event | None = None) -> Summary
     stopping = asyncio.create_task(_stop(process, enough)) if enough is not None else None
     limit = START_TIMEOUT + options.seconds + options.patience + LAST_ANSWERS_TIMEOUT
     try:
-        said, complaint = await asyncio.wait_for(_output(process), limit)
+        async with asyncio.timeout(limit):
+            said, complaint = await _output(process)
     except TimeoutError:
         raise ProgramFailed(f"the load generator did not end within {limit:.0f} s") from None
     finally:

@@ -37,7 +37,8 @@ async def seconds_to_help() -> float:
         stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.DEVNULL, env=environment_of({}),
     )  # fmt: skip
     try:
-        code = await asyncio.wait_for(process.wait(), HELP_TIMEOUT)
+        async with asyncio.timeout(HELP_TIMEOUT):
+            code = await process.wait()
     finally:
         if process.returncode is None:
             process.kill()

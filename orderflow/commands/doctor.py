@@ -15,7 +15,7 @@ from orderflow.commands.checks import postgres as postgres_checks
 from orderflow.commands.output import as_json as print_json
 from orderflow.commands.output import table
 from orderflow.commands.parameters import as_json_option, database_option, kafka_option
-from orderflow.engine.patience import DependencyUnavailable, Misconfigured
+from orderflow.engine.patience import DependencyUnavailable, Misconfigured, within
 from orderflow.engine.postgres import close_connection, connect
 from orderflow.settings import Settings, load
 
@@ -50,7 +50,7 @@ async def examine(settings: Settings) -> list[Check]:
 
 async def _bounded(about: str, asking: Awaitable[list[Check]]) -> list[Check]:
     try:
-        return await asyncio.wait_for(asking, LIMIT_A_SERVER)
+        return await within(asking, LIMIT_A_SERVER)
     except TimeoutError:
         return [problem(about, f"no answer within {LIMIT_A_SERVER:.0f} s", "it hangs: look at its log")]
     except (DependencyUnavailable, Misconfigured) as error:

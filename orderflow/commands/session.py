@@ -10,7 +10,7 @@ from typing import TypeVar
 import asyncpg
 
 from orderflow import migrations
-from orderflow.engine.patience import database_error
+from orderflow.engine.patience import database_error, within
 from orderflow.engine.postgres import Database
 from orderflow.settings import Settings, load
 
@@ -25,7 +25,7 @@ async def opened(settings: Settings, *, statement_seconds: float = 30.0) -> Asyn
     """
     try:
         # The pool's own limit is the statement's; connecting must not be allowed as long as an audit.
-        database = await asyncio.wait_for(
+        database = await within(
             Database.open(
                 settings.database_url,
                 size=1,

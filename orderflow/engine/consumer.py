@@ -11,12 +11,13 @@ from collections.abc import Awaitable, Callable, Coroutine, Iterable
 from typing import Any, TypeVar
 
 from aiokafka import AIOKafkaConsumer, ConsumerRebalanceListener, TopicPartition
-from aiokafka.errors import CommitFailedError, IllegalStateError, KafkaConnectionError, KafkaError
+from aiokafka.errors import CommitFailedError, IllegalStateError, KafkaError
 from aiokafka.structs import ConsumerRecord
 
 from orderflow.engine.dead_letters import Place
 from orderflow.engine.executor import Record
-from orderflow.engine.kafka import Kafka, bounded
+from orderflow.engine.kafka import Kafka, bounded, uncancelled
+from orderflow.engine.patience import within
 from orderflow.engine.scheduler import KeyScheduler
 from orderflow.engine.telemetry import WORKER, emit
 from orderflow.engine.watermark import Watermark
@@ -143,7 +144,7 @@ class Consumer(ConsumerRebalanceListener):  # type: ignore[misc]
         if not offsets:
             return
         try:
-            await asyncio.wait_for(consumer.commit(offsets), self._kafka.timeout)
+            await within(uncancelled(consumer.commit(offsets)), self._kafka.timeout)
             self._committed.update(offsets)
         except (CommitFailedError, IllegalStateError):
             # Routine in a rebalance: the partition has another owner, to whom the records are delivered again.
@@ -177,12 +178,9 @@ class Consumer(ConsumerRebalanceListener):  # type: ignore[misc]
 
 async def _unless(interrupt: asyncio.Task[None], work: Coroutine[Any, Any, R]) -> R | None:
     """The result of `work`, or None when `interrupt` ends before it: then the work is cancelled, and its end awaited."""
-    task = asyncio.create_task(work)
+    task = asyncio.create_task(uncancelled(work))
     try:
         await asyncio.wait((task, interrupt), return_when=asyncio.FIRST_COMPLETED)
-        if task.cancelled():
-            # Not by us: aiokafka lets its own cancellation out when it has lost its coordinator for too long.
-            raise KafkaConnectionError("the client has given up")
         return task.result() if task.done() else None
     finally:
         if not task.done():

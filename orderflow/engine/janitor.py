@@ -11,7 +11,7 @@ from collections.abc import Awaitable, Callable
 from datetime import UTC, datetime, timedelta
 
 from orderflow.engine import outbox
-from orderflow.engine.patience import ENDLESS
+from orderflow.engine.patience import ENDLESS, within
 from orderflow.engine.postgres import Database
 from orderflow.engine.telemetry import PUBLISHER, emit
 
@@ -42,7 +42,7 @@ class Janitor:
             while not stopping.is_set():
                 await ENDLESS.run(lambda: self.run_once(database))
                 try:
-                    await asyncio.wait_for(stopping.wait(), self._horizon / 4)
+                    await within(stopping.wait(), self._horizon / 4)
                 except TimeoutError:
                     continue
         finally:

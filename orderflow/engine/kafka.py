@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import ssl
-from collections.abc import Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, ConsumerRebalanceListener
 from aiokafka.admin import AIOKafkaAdminClient, NewTopic
-from aiokafka.errors import KafkaError, TopicAlreadyExistsError
+from aiokafka.errors import KafkaConnectionError, KafkaError, TopicAlreadyExistsError
 
-from orderflow.engine.patience import DependencyUnavailable, Misconfigured
+from orderflow.engine.patience import DependencyUnavailable, Misconfigured, within
+
+R = TypeVar("R")
 
 MAX_RECORD_BYTES = 1_000_000
 # The least that a broker allows by default: it bounds how long a killed worker's partitions wait for their next owner.
@@ -114,7 +116,7 @@ class Kafka:
     async def _partitions_on_first_use(self) -> int:
         producer = await self.producer()
         try:
-            return len(await asyncio.wait_for(producer.partitions_for(self.topic), self.timeout))
+            return len(await within(producer.partitions_for(self.topic), self.timeout))
         except (KafkaError, TimeoutError) as error:
             raise self.unavailable(error) from error
         finally:
@@ -125,7 +127,7 @@ class Kafka:
         *, timeout: float | None = None,
     ) -> None:  # fmt: skip
         try:
-            await asyncio.wait_for(start, timeout or self.timeout)
+            await within(uncancelled(start), timeout or self.timeout)
         except BaseException as error:
             # A client whose start failed, or was given up, keeps sockets and tasks until it is stopped.
             await bounded(stop(), 2.0)
@@ -149,13 +151,27 @@ def refuse_failed_creation(topic: str, response: Any) -> None:
             raise Misconfigured(f"Kafka refuses to create topic {name!r}: {reason}; create it, or change ORDERFLOW_TOPIC_*")
 
 
+async def uncancelled(work: Awaitable[R]) -> R:
+    """The result of an aiokafka call, whose own cancellation, when it has lost its coordinator, becomes an error.
+
+    Raises KafkaConnectionError; a cancellation that somebody asked for stays one.
+    """
+    try:
+        return await work
+    except asyncio.CancelledError:
+        task = asyncio.current_task()
+        if task is not None and task.cancelling():
+            raise
+        raise KafkaConnectionError("the client has given up") from None
+
+
 async def bounded(stopping: Coroutine[Any, Any, Any], timeout: float) -> bool:
     """Await a client's stop for at most `timeout` seconds; False where it hung (aiokafka #773) or failed.
 
     What it would still have done no longer matters: offsets and acknowledgements are settled before.
     """
     try:
-        await asyncio.wait_for(stopping, timeout)
+        await within(uncancelled(stopping), timeout)
     except (TimeoutError, KafkaError, OSError, RuntimeError):
         return False
     return True

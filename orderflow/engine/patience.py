@@ -49,6 +49,16 @@ def is_transient(error: BaseException) -> bool:
     return isinstance(error, TRANSIENT) and not isinstance(error, asyncpg.exceptions.DataError | ValueError)
 
 
+async def within(awaitable: Awaitable[R], seconds: float | None) -> R:
+    """The result of the awaitable; TimeoutError after that many seconds.
+
+    Instead of asyncio.wait_for, which in Python 3.11 swallows a cancellation that meets the result in the same turn of the
+    loop (gh-86296): a role that was told to end would go on, and whoever waits for its end would wait for ever.
+    """
+    async with asyncio.timeout(seconds):
+        return await awaitable
+
+
 @dataclass(frozen=True, slots=True)
 class Patience:
     """How long transient errors are answered by trying again. `seconds`: 0 not at all, None without an end."""

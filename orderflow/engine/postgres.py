@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import socket
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -10,7 +9,7 @@ from typing import Any
 
 import asyncpg
 
-from orderflow.engine.patience import database_error
+from orderflow.engine.patience import database_error, within
 
 Connection = asyncpg.Connection | asyncpg.pool.PoolConnectionProxy
 
@@ -31,7 +30,7 @@ class Database:
         Raises DependencyUnavailable or Misconfigured with a line for people when the server cannot be used.
         """
         try:
-            pool = await asyncio.wait_for(
+            pool = await within(
                 asyncpg.create_pool(
                     url, min_size=1, max_size=size, timeout=timeout, command_timeout=timeout,
                     init=_keep_alive, reset=_nothing_to_reset,
@@ -79,7 +78,7 @@ class Database:
     async def close(self, timeout: float = 2.0) -> None:
         """Close within `timeout` seconds: a close into a black hole hangs in asyncpg (#1326), so it is ended by force."""
         try:
-            await asyncio.wait_for(self.pool.close(), timeout)
+            await within(self.pool.close(), timeout)
         except (TimeoutError, OSError, asyncpg.PostgresError, asyncpg.InterfaceError):
             self.pool.terminate()
 
@@ -103,7 +102,7 @@ async def connect(url: str, *, timeout: float, application: str) -> asyncpg.Conn
 async def close_connection(connection: asyncpg.Connection, timeout: float = 1.0) -> None:
     """Close within `timeout` seconds, by force if need be."""
     try:
-        await asyncio.wait_for(connection.close(), timeout)
+        await within(connection.close(), timeout)
     except (TimeoutError, OSError, asyncpg.PostgresError, asyncpg.InterfaceError):
         connection.terminate()
 

@@ -20,7 +20,7 @@ from orderflow.engine import dead_letters, outbox
 from orderflow.engine.executor import Burial, SettledMeanwhile
 from orderflow.engine.kafka import Kafka, bounded
 from orderflow.engine.message import Message
-from orderflow.engine.patience import DependencyUnavailable
+from orderflow.engine.patience import DependencyUnavailable, within
 from orderflow.engine.postgres import Database
 from orderflow.engine.shards import Shards
 from orderflow.engine.telemetry import PUBLISHER, emit, observe
@@ -66,7 +66,7 @@ class Relay:
         finally:
             for task in (wake, stop):
                 task.cancel()
-            await asyncio.gather(wake, stop, return_exceptions=True)
+            await asyncio.wait((wake, stop), timeout=2.0)
             await shards.close()
             if producer is not None:
                 await bounded(producer.stop(), 2.0)
@@ -94,7 +94,7 @@ class Relay:
             due_in = await outbox.next_due(connection, shards)
         seconds = self._poll if due_in is None else min(self._poll, max(0.001, due_in))
         with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(self._woken.wait(), seconds)
+            await within(self._woken.wait(), seconds)
 
     async def run_once(self, database: Database, shards: Sequence[int], producer: AIOKafkaProducer) -> int:
         """One round: fetch, produce, mark. Returns how many rows were due.

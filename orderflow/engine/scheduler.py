@@ -7,6 +7,8 @@ from collections import deque
 from collections.abc import Awaitable, Callable, Hashable
 from typing import Generic, TypeVar
 
+from orderflow.engine.patience import within
+
 T = TypeVar("T")
 
 
@@ -65,7 +67,7 @@ class KeyScheduler(Generic[T]):
     async def drain(self, timeout: float) -> bool:
         """Wait until nothing runs; False when `timeout` seconds were not enough."""
         try:
-            await asyncio.wait_for(self._idle.wait(), timeout)
+            await within(self._idle.wait(), timeout)
         except TimeoutError:
             return False
         return True

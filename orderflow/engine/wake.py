@@ -13,7 +13,7 @@ import random
 import asyncpg
 
 from orderflow.engine.outbox import CHANNEL
-from orderflow.engine.patience import DependencyUnavailable
+from orderflow.engine.patience import DependencyUnavailable, within
 from orderflow.engine.postgres import close_connection, connect
 from orderflow.engine.telemetry import PUBLISHER, emit
 
@@ -53,7 +53,7 @@ class Wake:
             self._event.set()
             while not ended.is_set():
                 try:
-                    await asyncio.wait_for(ended.wait(), self._heartbeat)
+                    await within(ended.wait(), self._heartbeat)
                 except TimeoutError:
                     await connection.execute("SELECT 1", timeout=self._heartbeat)
         finally:

@@ -42,7 +42,8 @@ class Victims:
         process = await asyncio.create_subprocess_exec(
             "ps", "-axo", "pid=,ppid=,stat=,command=", stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.PIPE
         )
-        output, _ = await asyncio.wait_for(process.communicate(), LISTING_TIMEOUT)
+        async with asyncio.timeout(LISTING_TIMEOUT):
+            output, _ = await process.communicate()
         return sorted(listed(output.decode(errors="replace"), self._parent), key=lambda victim: victim.pid)
 
 

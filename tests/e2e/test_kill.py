@@ -24,9 +24,7 @@ async def test_any_process_is_killed_under_load(
     connection: asyncpg.Connection, database_url: str, kafka: Broker, topic: str, unused_tcp_port: int
 ) -> None:
     client = Client()
-    async with Fleet(
-        database_url, kafka.bootstrap, topic, HTTP_PORT=str(unused_tcp_port), ORDERFLOW_GATEWAY_DELAY_MS="200"
-    ) as fleet:
+    async with Fleet(database_url, kafka, topic, HTTP_PORT=str(unused_tcp_port), ORDERFLOW_GATEWAY_DELAY_MS="200") as fleet:
         processes = {role: await start(fleet, role) for role in SERVICES}
         load = asyncio.create_task(client.keep_placing(f"http://127.0.0.1:{unused_tcp_port}"))
         try:
@@ -53,7 +51,7 @@ async def test_the_worker_is_killed_between_pending_and_paid(
 ) -> None:
     await set_mode(connection, "succeed")
     client = Client()
-    async with Fleet(database_url, kafka.bootstrap, topic, ORDERFLOW_GATEWAY_DELAY_MS="300") as fleet:
+    async with Fleet(database_url, kafka, topic, ORDERFLOW_GATEWAY_DELAY_MS="300") as fleet:
         rest = await fleet.run("--role", "api", "--role", "publisher")
         worker = await start(fleet, "worker")
         startup = await rest.facts.until("STARTUP", service=API)

@@ -22,7 +22,7 @@ async def test_each_role_in_a_process_of_its_own(
     connection: asyncpg.Connection, database_url: str, kafka: Broker, topic: str
 ) -> None:
     client = Client()
-    async with Fleet(database_url, kafka.bootstrap, topic) as fleet:
+    async with Fleet(database_url, kafka, topic) as fleet:
         api, publisher, worker = [await fleet.run("--role", role) for role in ("api", "publisher", "worker")]
         address = await api_of(api)
         await client.place_many(address, 30)
@@ -47,7 +47,7 @@ async def test_a_stop_finishes_the_payments_in_flight(
 ) -> None:
     await set_mode(connection, "succeed")
     client = Client()
-    async with Fleet(database_url, kafka.bootstrap, topic, ORDERFLOW_GATEWAY_DELAY_MS="1500") as fleet:
+    async with Fleet(database_url, kafka, topic, ORDERFLOW_GATEWAY_DELAY_MS="1500") as fleet:
         rest = await fleet.run("--role", "api", "--role", "publisher")
         worker = await fleet.run("--role", "worker")
         await worker.facts.until("STARTUP", service=WORKER)
@@ -70,7 +70,7 @@ async def test_kafka_comes_later_and_the_topic_is_made(
 ) -> None:
     await restartable_kafka.stop()
     client = Client()
-    async with Fleet(database_url, restartable_kafka.bootstrap, "made-by-us", ORDERFLOW_TOPIC_PARTITIONS="3") as fleet:
+    async with Fleet(database_url, restartable_kafka, "made-by-us", ORDERFLOW_TOPIC_PARTITIONS="3") as fleet:
         process = await fleet.run()
         address = await api_of(process)
         await client.place_many(address, 10)
@@ -102,7 +102,7 @@ async def test_kafka_comes_later_and_the_topic_is_made(
 async def test_postgres_comes_later(restartable_postgres: EmbeddedPostgres, kafka: Broker, topic: str) -> None:
     await restartable_postgres.stop()
     client = Client()
-    async with Fleet(restartable_postgres.url, kafka.bootstrap, topic) as fleet:
+    async with Fleet(restartable_postgres.url, kafka, topic) as fleet:
         process = await fleet.run()
         for role in ("api", "publisher", "worker"):
             await process.facts.until("ROLE_WAITING", role=role)
@@ -136,7 +136,7 @@ async def test_a_topic_with_one_partition(connection: asyncpg.Connection, databa
     finally:
         await admin.close()
     client = Client()
-    async with Fleet(database_url, kafka.bootstrap, single) as fleet:
+    async with Fleet(database_url, kafka, single) as fleet:
         process = await fleet.run()
         await client.place_many(await api_of(process), 20)
         await settled(connection)
@@ -156,7 +156,7 @@ async def test_a_topic_with_one_partition(connection: asyncpg.Connection, databa
 async def test_wrong_settings_end_it_with_one_clear_line(
     database_url: str, kafka: Broker, topic: str, wrong: tuple[str, str], words: list[str]
 ) -> None:
-    async with Fleet(database_url.replace(*wrong), kafka.bootstrap, topic) as fleet:
+    async with Fleet(database_url.replace(*wrong), kafka, topic) as fleet:
         process = await fleet.run()
         assert await process.end() == 1
     assert process.errors, process.facts.seen
@@ -173,7 +173,7 @@ async def test_a_database_without_the_schema(postgres: EmbeddedPostgres, databas
         await connection.execute("DROP TABLE schema_version")
     finally:
         await connection.close()
-    async with Fleet(database_url, kafka.bootstrap, topic) as fleet:
+    async with Fleet(database_url, kafka, topic) as fleet:
         process = await fleet.run("--role", "worker")
         assert await process.end() == 1
     assert process.errors == ["orderflow: the database has no orderflow schema: run `orderflow migrate`"]

@@ -282,13 +282,13 @@ async def test_poison_is_buried_and_its_partition_goes_on(
     with watching() as facts:
         async with running(again):
             await facts.until("DUPLICATE_EVENT", count=4)
-            await eventually(lambda: has_read(kafka, f"{topic}-again", {2: 10}), 20)
+            await eventually(lambda: has_read(kafka, topic, f"{topic}-again", {2: 10}), 20)
     assert facts.of("DLQ_EVENT") == []
     assert await connection.fetchval("SELECT count(*) FROM dead_letter_events") == 6
 
 
-async def has_read(broker: Broker, group: str, wanted: dict[int, int]) -> bool:
-    return await committed_offsets(broker, group) == wanted
+async def has_read(broker: Broker, topic: str, group: str, wanted: dict[int, int]) -> bool:
+    return await committed_offsets(broker, topic, group) == wanted
 
 
 async def test_the_worker_says_who_it_is_when_it_has_come_up(database_url: str, kafka: Broker, topic: str) -> None:

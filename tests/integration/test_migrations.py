@@ -55,7 +55,7 @@ async def test_many_at_once_and_exactly_one_does_it(empty_url: str) -> None:
 
 
 async def test_many_processes_at_once(empty_url: str) -> None:
-    async with Fleet(empty_url, "127.0.0.1:1", "unused") as fleet:
+    async with Fleet(empty_url, None, "unused") as fleet:
         processes = [await fleet.start("migrate") for _ in range(4)]
         assert [await process.end() for process in processes] == [0] * 4, [process.errors for process in processes]
     assert await versions(empty_url) == [VERSION]

@@ -14,6 +14,7 @@ from aiokafka.errors import KafkaError
 
 from orderflow.commands.checks import LIMIT, Check, ok, problem, warning
 from orderflow.engine.kafka import Kafka, bounded
+from orderflow.engine.patience import within
 
 ABOUT = "kafka"
 # The number of a protocol request that a release of Apache Kafka was the first to answer.
@@ -48,7 +49,7 @@ async def _check(kafka: Kafka) -> list[Check]:
         return [problem(ABOUT, f"{kafka.ca_file} cannot be used: {error}", "correct ORDERFLOW_KAFKA_CA_FILE")]
     client = AIOKafkaClient(**options, client_id="orderflow-doctor")
     try:
-        await asyncio.wait_for(client.bootstrap(), LIMIT)
+        await within(client.bootstrap(), LIMIT)
         async with asyncio.timeout(LIMIT):
             checks = [await _brokers(kafka, client)]
             # With every topic: to ask for one by its name can create it.

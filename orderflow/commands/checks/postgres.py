@@ -9,7 +9,7 @@ import asyncpg
 
 from orderflow import migrations
 from orderflow.commands.checks import LIMIT, Check, ok, problem, warning
-from orderflow.engine.patience import DependencyUnavailable, Misconfigured
+from orderflow.engine.patience import DependencyUnavailable, Misconfigured, within
 from orderflow.engine.postgres import close_connection, connect
 from orderflow.settings import Settings, masked
 
@@ -167,7 +167,7 @@ async def _listening(settings: Settings, connection: asyncpg.Connection) -> Chec
     try:
         await direct.add_listener(CHANNEL, lambda *_: heard.set())
         await connection.execute("SELECT pg_notify($1, '')", CHANNEL)
-        await asyncio.wait_for(heard.wait(), LIMIT)
+        await within(heard.wait(), LIMIT)
     except TimeoutError:
         return problem(ABOUT, f"a notification did not arrive at {masked(settings.direct_url)}", advice)
     except asyncpg.PostgresError as error:

@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 import orjson
 
 from orderflow.commands.walkthrough import Missed
+from orderflow.engine.patience import within
 
 T = TypeVar("T")
 Line = dict[str, Any]
@@ -148,7 +149,7 @@ class Program:
         with contextlib.suppress(ProcessLookupError):
             process.send_signal(number)
         try:
-            await asyncio.wait_for(process.wait(), STOP_TIMEOUT)
+            await within(process.wait(), STOP_TIMEOUT)
         except TimeoutError:
             process.kill()
             await process.wait()
