@@ -111,6 +111,11 @@ class Executor:
             reason = "Unknown event: no outbox row in this database"
             await self._bury_foreign(record, message.id, reason, None, message)
             return
+        if known.aggregate_id != message.aggregate_id:
+            # Under an id of its own: buried under the event's, the forgery would take the true event with it.
+            reason = "Foreign event: its outbox row tells of another aggregate"
+            await self._bury_foreign(record, uuid5(UNDECODABLE, repr(record.place)), reason, None, message)
+            return
         delivery = Delivery(message, record.place, self._worker_id, max(0, known.attempt - known.first_attempt))
         if handler is None or not known.is_fresh(message.attempt):
             await self._settle(delivery, Duplicate())

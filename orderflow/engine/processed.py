@@ -9,7 +9,7 @@ from uuid import UUID
 from orderflow.engine.postgres import Database
 
 _LOOK_UP = """
-SELECT o.event_id, o.attempt, o.first_attempt,
+SELECT o.event_id, o.aggregate_id, o.attempt, o.first_attempt,
        EXISTS (SELECT FROM processed_events p WHERE p.event_id = o.event_id) AS processed,
        EXISTS (SELECT FROM dead_letter_events d WHERE d.event_id = o.event_id) AS buried
 FROM outbox o WHERE o.event_id = ANY($1::uuid[])
@@ -32,6 +32,7 @@ RETURNING event_id
 class Known:
     """What the database says of an event that is delivered."""
 
+    aggregate_id: UUID
     attempt: int
     first_attempt: int
     processed: bool
@@ -45,7 +46,10 @@ class Known:
 async def look_up(database: Database, event_ids: Sequence[UUID]) -> list[Known | None]:
     """What is known of each event; None for one without an outbox row here."""
     rows = await database.fetch(_LOOK_UP, event_ids)
-    known = {row["event_id"]: Known(row["attempt"], row["first_attempt"], row["processed"], row["buried"]) for row in rows}
+    known = {
+        row["event_id"]: Known(row["aggregate_id"], row["attempt"], row["first_attempt"], row["processed"], row["buried"])
+        for row in rows
+    }
     return [known.get(event_id) for event_id in event_ids]
 
 

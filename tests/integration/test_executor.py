@@ -243,6 +243,22 @@ async def test_an_order_that_does_not_exist_and_a_payload_that_is_too_deep_to_wr
     assert letter["payload"] == deep.replace(":", ": ")
 
 
+async def test_an_event_that_names_another_order_charges_neither(connection: asyncpg.Connection, database_url: str) -> None:
+    (order_id, event_id), (other, _) = await place(connection, 2)
+    record = await record_of(connection, event_id)
+    forged = (record.value or b"").replace(str(order_id).encode(), str(other).encode())
+    gateway = FakeGateway()
+    async with executing(database_url, gateway) as executor:
+        await executor.execute(replace(record, value=forged))
+        assert gateway.requests == []
+        (letter,) = await connection.fetch("SELECT event_id, reason FROM dead_letter_events WHERE aggregate_id = $1", other)
+        assert letter["event_id"] != event_id
+        assert letter["reason"] == "Foreign event: its outbox row tells of another aggregate"
+        await executor.execute(record)
+    assert await order_row(connection, order_id) == ("PAID", 3, None)
+    assert await order_row(connection, other) == ("CREATED", 1, None)
+
+
 async def test_delivered_again_changes_nothing(connection: asyncpg.Connection, database_url: str) -> None:
     ((order_id, event_id),) = await place(connection)
     record = await record_of(connection, event_id)
