@@ -31,6 +31,11 @@ test: ## the whole test suite; ARGS="-k relay -x" for a part
 	@$(setup_test)
 	@exec $(BIN)/python -m pytest $(ARGS)
 
+.PHONY: campaign
+campaign: ## benchmark and torture in their short form, as CI runs them
+	@$(setup_test)
+	@exec $(BIN)/python -m pytest -m campaign $(ARGS)
+
 .PHONY: check
 check: lint ## what CI asks before the tests: lint, types, import directions, known vulnerabilities
 	$(BIN)/python scripts/audit.py --unreachable-is-a-note

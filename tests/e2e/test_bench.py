@@ -33,7 +33,7 @@ def broker_option() -> list[str]:
     return [] if servers.choose_broker().kind == "kafka" else ["--embedded-broker"]
 
 
-@pytest.mark.slow
+@pytest.mark.campaign
 @pytest.mark.timeout(300)
 def test_the_quick_form_runs_prints_ratios_and_audits(tmp_path: Path) -> None:
     written = tmp_path / "bench.json"

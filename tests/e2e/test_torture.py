@@ -24,7 +24,7 @@ from tests.programs import ROOT
 TIMEOUT = 280.0
 
 
-@pytest.mark.slow
+@pytest.mark.campaign
 @pytest.mark.timeout(300)
 def test_a_short_torture_keeps_every_promise() -> None:
     broker = [] if servers.choose_broker().kind == "kafka" else ["--embedded-broker"]
