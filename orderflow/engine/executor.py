@@ -88,7 +88,7 @@ class Executor:
         self._random = random or Random()
         options = {"size": batch, "in_flight": in_flight, "patience": ENDLESS}
         self._lookups = Batcher[UUID, Known | None](lambda ids: processed.look_up(database, ids), **options)  # type: ignore[arg-type]
-        self._records = Batcher[UUID, bool](lambda ids: processed.record(database, ids, worker_id), **options)  # type: ignore[arg-type]
+        self._records = Batcher[Message, bool](lambda ms: processed.record(database, ms, worker_id), **options)  # type: ignore[arg-type]
         self._retries = Batcher[outbox.Republish, bool](lambda rs: outbox.republish_if_attempt(database, rs), **options)  # type: ignore[arg-type]
 
     async def execute(self, record: Record) -> None:
@@ -103,7 +103,7 @@ class Executor:
             observe("received", (datetime.now(UTC) - message.created_at.astimezone(UTC)).total_seconds())
         handler = self._handlers.get(message.type)
         # What nobody handles is only recorded, and usually new: the record alone tells, without a look before it.
-        if handler is None and await self._records.submit(message.id):
+        if handler is None and await self._records.submit(message):
             emit(WORKER, "EVENT_PROCESSED", eventId=message.id, eventType=message.type)
             return
         known = await self._lookups.submit(message.id)
@@ -111,9 +111,10 @@ class Executor:
             reason = "Unknown event: no outbox row in this database"
             await self._bury_foreign(record, message.id, reason, None, message)
             return
-        if known.aggregate_id != message.aggregate_id:
+        if (known.event_type, known.aggregate_id) != (message.type, message.aggregate_id):
             # Under an id of its own: buried under the event's, the forgery would take the true event with it.
-            reason = "Foreign event: its outbox row tells of another aggregate"
+            other = "aggregate" if known.aggregate_id != message.aggregate_id else "type"
+            reason = f"Foreign event: its outbox row tells of another {other}"
             await self._bury_foreign(record, uuid5(UNDECODABLE, repr(record.place)), reason, None, message)
             return
         delivery = Delivery(message, record.place, self._worker_id, max(0, known.attempt - known.first_attempt))
@@ -150,7 +151,7 @@ class Executor:
         message = delivery.message
         match outcome:
             case Done(recorded=recorded):
-                if recorded or await self._records.submit(message.id):
+                if recorded or await self._records.submit(message):
                     emit(WORKER, "EVENT_PROCESSED", eventId=message.id, eventType=message.type)
                 else:
                     self._tell_duplicate(message)

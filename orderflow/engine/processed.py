@@ -6,22 +6,24 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from uuid import UUID
 
+from orderflow.engine.message import Message
 from orderflow.engine.postgres import Database
 
 _LOOK_UP = """
-SELECT o.event_id, o.aggregate_id, o.attempt, o.first_attempt,
+SELECT o.event_id, o.event_type, o.aggregate_id, o.attempt, o.first_attempt,
        EXISTS (SELECT FROM processed_events p WHERE p.event_id = o.event_id) AS processed,
        EXISTS (SELECT FROM dead_letter_events d WHERE d.event_id = o.event_id) AS buried
 FROM outbox o WHERE o.event_id = ANY($1::uuid[])
 """
 
 # In the order of the key, so that two workers that record overlapping groups cannot wait for each other in a circle. Never for
-# a buried event: an event is processed or dead-lettered, not both. Never without an outbox row: that is not an event of ours.
+# a buried event: an event is processed or dead-lettered, not both. Never without its own outbox row: a record that borrows the
+# id of another event would have that one skipped as processed.
 _RECORD = """
 INSERT INTO processed_events (event_id, worker_id)
-SELECT event_id, $2 FROM unnest($1::uuid[]) AS t(event_id)
-WHERE EXISTS (SELECT FROM outbox o WHERE o.event_id = t.event_id)
-  AND NOT EXISTS (SELECT FROM dead_letter_events d WHERE d.event_id = t.event_id)
+SELECT event_id, $4 FROM unnest($1::uuid[], $2::text[], $3::uuid[]) AS t(event_id, event_type, aggregate_id)
+JOIN outbox o USING (event_id, event_type, aggregate_id)
+WHERE NOT EXISTS (SELECT FROM dead_letter_events d WHERE d.event_id = t.event_id)
 ORDER BY event_id
 ON CONFLICT (event_id) DO NOTHING
 RETURNING event_id
@@ -32,6 +34,7 @@ RETURNING event_id
 class Known:
     """What the database says of an event that is delivered."""
 
+    event_type: str
     aggregate_id: UUID
     attempt: int
     first_attempt: int
@@ -47,13 +50,18 @@ async def look_up(database: Database, event_ids: Sequence[UUID]) -> list[Known |
     """What is known of each event; None for one without an outbox row here."""
     rows = await database.fetch(_LOOK_UP, event_ids)
     known = {
-        row["event_id"]: Known(row["aggregate_id"], row["attempt"], row["first_attempt"], row["processed"], row["buried"])
+        row["event_id"]: Known(
+            row["event_type"], row["aggregate_id"], row["attempt"], row["first_attempt"], row["processed"], row["buried"]
+        )
         for row in rows
     }
     return [known.get(event_id) for event_id in event_ids]
 
 
-async def record(database: Database, event_ids: Sequence[UUID], worker_id: str) -> list[bool]:
-    """Note events as processed; False for each that was decided before, or has no outbox row here."""
-    recorded = {row["event_id"] for row in await database.fetch(_RECORD, event_ids, worker_id)}
-    return [event_id in recorded for event_id in event_ids]
+async def record(database: Database, messages: Sequence[Message], worker_id: str) -> list[bool]:
+    """Note events as processed; False for each that was decided before, or has no outbox row of its type and aggregate."""
+    rows = await database.fetch(
+        _RECORD, [m.id for m in messages], [m.type for m in messages], [m.aggregate_id for m in messages], worker_id
+    )
+    recorded = {row["event_id"] for row in rows}
+    return [m.id in recorded for m in messages]

@@ -249,7 +249,7 @@ async def test_an_event_that_names_another_order_charges_neither(connection: asy
     forged = (record.value or b"").replace(str(order_id).encode(), str(other).encode())
     gateway = FakeGateway()
     async with executing(database_url, gateway) as executor:
-        await executor.execute(replace(record, value=forged))
+        await executor.execute(replace(record, value=forged, place=Place("forged", 0, 2)))
         assert gateway.requests == []
         (letter,) = await connection.fetch("SELECT event_id, reason FROM dead_letter_events WHERE aggregate_id = $1", other)
         assert letter["event_id"] != event_id
@@ -257,6 +257,20 @@ async def test_an_event_that_names_another_order_charges_neither(connection: asy
         await executor.execute(record)
     assert await order_row(connection, order_id) == ("PAID", 3, None)
     assert await order_row(connection, other) == ("CREATED", 1, None)
+
+
+async def test_a_record_that_borrows_the_id_of_an_order_s_event_does_not_have_it_skipped(
+    connection: asyncpg.Connection, database_url: str
+) -> None:
+    ((order_id, event_id),) = await place(connection)
+    record = await record_of(connection, event_id)
+    forged = (record.value or b"").replace(b"OrderCreated", b"SomethingElse")
+    async with executing(database_url) as executor:
+        await executor.execute(replace(record, value=forged, place=Place("forged", 0, 1)))
+        reason = await connection.fetchval("SELECT reason FROM dead_letter_events WHERE topic = 'forged' AND \"offset\" = 1")
+        assert reason == "Foreign event: its outbox row tells of another type"
+        await executor.execute(record)
+    assert await order_row(connection, order_id) == ("PAID", 3, None)
 
 
 async def test_delivered_again_changes_nothing(connection: asyncpg.Connection, database_url: str) -> None:

@@ -6,6 +6,7 @@ import asyncio
 import dataclasses
 from datetime import timedelta
 from random import Random
+from uuid import uuid4
 
 import asyncpg
 import pytest
@@ -39,7 +40,7 @@ def test_an_outcome_cannot_be_changed(outcome: Done | Duplicate | Retry | Dead) 
 def test_a_delivery_is_fresh_only_when_nothing_has_decided_it(
     attempt: int, first: int, processed: bool, buried: bool, delivered: int
 ) -> None:
-    known = Known(attempt, first, processed, buried)
+    known = Known("OrderCreated", uuid4(), attempt, first, processed, buried)
     assert known.is_fresh(delivered) == (not processed and not buried and delivered >= attempt)
 
 
