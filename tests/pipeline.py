@@ -9,6 +9,8 @@ from datetime import UTC, datetime
 from typing import Any, NamedTuple
 from uuid import UUID
 
+import asyncpg
+
 from orderflow.embedded.kafka import ApacheKafka
 from orderflow.engine import telemetry
 from orderflow.engine.executor import Executor, Handler
@@ -21,6 +23,7 @@ from orderflow.payments.gateway import Charge, ChargeRequest, Gateway
 from orderflow.payments.handlers import ChargeHandler
 from orderflow.settings import Settings
 from orderflow.supervisor import Service
+from tests.rows import record_of
 from tests.servers import Broker
 
 # For what takes milliseconds on an idle machine: the machine that runs the tests is not always idle.
@@ -214,3 +217,14 @@ class FakeGateway:
 
 async def _result(value: Any) -> Any:
     return await value if asyncio.iscoroutine(value) or isinstance(value, asyncio.Future) else value
+
+
+async def deliver(
+    connection: asyncpg.Connection, url: str, gateway: Any, event_id: UUID, times: int = 1, timeout: float = 5.0
+) -> Facts:
+    """Deliver the event as the attempt that it is at, that many times; returns what was told."""
+    with watching() as facts:
+        async with executing(url, gateway, timeout=timeout) as executor:
+            for _ in range(times):
+                await executor.execute(await record_of(connection, event_id))
+    return facts

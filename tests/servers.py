@@ -188,12 +188,12 @@ async def make_template(server: EmbeddedPostgres) -> None:
 
 
 @asynccontextmanager
-async def cloned_database(server: EmbeddedPostgres) -> AsyncIterator[str]:
-    """The address of a fresh clone of the template, dropped afterwards whoever is still connected."""
+async def cloned_database(server: EmbeddedPostgres, template: str = TEMPLATE) -> AsyncIterator[str]:
+    """The address of a fresh clone of the template (`template1`: no schema), dropped whoever is still connected."""
     name = f"test_{uuid.uuid4().hex}"
     admin = await asyncpg.connect(server.admin_url, timeout=10)
     try:
-        await admin.execute(f"CREATE DATABASE {name} TEMPLATE {TEMPLATE} OWNER app_user")
+        await admin.execute(f"CREATE DATABASE {name} TEMPLATE {template} OWNER app_user")
         try:
             yield server.url_of(name)
         finally:

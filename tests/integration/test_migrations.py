@@ -15,6 +15,7 @@ from orderflow.embedded.postgres import EmbeddedPostgres
 from orderflow.engine.patience import DependencyUnavailable, Misconfigured
 from orderflow.migrations import VERSION, Migrated, check, current_version, migrate, upgrade_steps
 from tests.fleet import Fleet
+from tests.servers import cloned_database
 
 NEXT = VERSION + 1
 
@@ -22,16 +23,8 @@ NEXT = VERSION + 1
 @pytest.fixture
 async def empty_url(postgres: EmbeddedPostgres) -> AsyncIterator[str]:
     """A fresh database without the schema."""
-    admin = await asyncpg.connect(postgres.admin_url, timeout=10)
-    name = "empty_" + str(id(admin))
-    try:
-        await admin.execute(f"CREATE DATABASE {name} OWNER app_user")
-        try:
-            yield postgres.url_of(name)
-        finally:
-            await admin.execute(f"DROP DATABASE {name} WITH (FORCE)")
-    finally:
-        await admin.close()
+    async with cloned_database(postgres, "template1") as url:
+        yield url
 
 
 async def versions(url: str) -> list[int]:

@@ -14,7 +14,7 @@ import pytest
 
 from orderflow.engine.ids import new_id
 from orderflow.payments.gateway import Charge, ChargeFailed, ChargeRequest, ChargeUnknown, Declined, idempotency_key
-from tests.pipeline import Facts, FakeGateway, executing, watching
+from tests.pipeline import FakeGateway, deliver, executing, watching
 from tests.rows import dead_letter, events_of, is_processed, one_database, order_row, place, record_of
 
 database_url = one_database
@@ -35,17 +35,6 @@ FAILING = raising(ChargeFailed("Payment gateway error: Insufficient funds"))
 
 def hanging(_: Any) -> Any:
     return asyncio.get_running_loop().create_future()
-
-
-async def deliver(
-    connection: asyncpg.Connection, url: str, gateway: Any, event_id: UUID, times: int = 1, timeout: float = 5.0
-) -> Facts:
-    """Deliver the event as the attempt that it is at, that many times; returns what was told."""
-    with watching() as facts:
-        async with executing(url, gateway, timeout=timeout) as executor:
-            for _ in range(times):
-                await executor.execute(await record_of(connection, event_id))
-    return facts
 
 
 async def last_event(connection: asyncpg.Connection, order_id: UUID) -> tuple[dict[str, Any], dict[str, Any]]:

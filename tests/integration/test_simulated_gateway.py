@@ -17,21 +17,10 @@ from hypothesis import strategies as st
 from orderflow.engine.ids import new_id
 from orderflow.payments.gateway import ChargeFailed, ChargeRequest, ChargeUnknown, Declined, idempotency_key
 from orderflow.payments.simulated import Mode, SimulatedGateway
-from tests.pipeline import Facts, executing, opened, watching
-from tests.rows import charges_of, one_database, order_row, place, record_of, set_mode
+from tests.pipeline import deliver, opened
+from tests.rows import charges_of, one_database, order_row, place, set_mode
 
 database_url = one_database
-
-
-async def deliver(
-    connection: asyncpg.Connection, url: str, gateway: Any, event_id: UUID, times: int = 1, timeout: float = 5.0
-) -> Facts:
-    """Deliver the event as the attempt that it is at, that many times; returns what was told."""
-    with watching() as facts:
-        async with executing(url, gateway, timeout=timeout) as executor:
-            for _ in range(times):
-                await executor.execute(await record_of(connection, event_id))
-    return facts
 
 
 @asynccontextmanager
