@@ -224,24 +224,29 @@ class _Supervisor:
     def _signals(self, loop: asyncio.AbstractEventLoop) -> Iterator[None]:
         before = {number: signal.getsignal(number) for number in stop_signals()}
         for number in before:
-            loop.add_signal_handler(number, self._on_signal, loop, number)
+            loop.add_signal_handler(number, self._on_signal, number)
         try:
             yield
         finally:
-            # After a signal the process is about to end, and the second one keeps its meaning until it has.
-            if not self._armed:
-                for number, handler in before.items():
-                    loop.remove_signal_handler(number)
-                    signal.signal(number, handler)
+            for number, handler in before.items():
+                loop.remove_signal_handler(number)
+                # After a signal the process is about to end, and the second one keeps its meaning until it has.
+                signal.signal(number, self._second if self._armed else handler)
 
-    def _on_signal(self, loop: asyncio.AbstractEventLoop, number: int) -> None:
+    def _on_signal(self, number: int) -> None:
         self._armed = True
         for other in stop_signals():
-            loop.remove_signal_handler(other)
-            # Not through the event loop: a second Ctrl-C has to work while the loop is blocked. A child gets the
-            # same signal from its service manager and from its parent, and the parent kills what takes too long.
-            signal.signal(other, signal.SIG_IGN if self._child else _end_at_once)
+            # Not by a call of the event loop: a second Ctrl-C has to work while the loop is blocked. The loop's own
+            # handlers stay: with the last of them its wake-up descriptor would go, and a signal that comes just
+            # before the loop sleeps would be seen when something else wakes it.
+            signal.signal(other, self._second)
         self._stop(reason=signal.Signals(number).name)
+
+    @property
+    def _second(self) -> signal.Handlers | Callable[[int, FrameType | None], None]:
+        # A child gets the same signal from its service manager and from its parent, and the parent kills what
+        # takes too long.
+        return signal.SIG_IGN if self._child else _end_at_once
 
 
 def _names(tasks: set[asyncio.Task[None]]) -> list[str]:

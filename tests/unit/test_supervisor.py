@@ -235,6 +235,10 @@ class Service:
 async def at_once(): pass
 async def never():
     await asyncio.Event().wait()
+async def asked():
+    before = signal.set_wakeup_fd(-1)
+    signal.set_wakeup_fd(before)
+    tell("ASKED", wakes=before != -1)
 async def deaf():
     while True:
         try:
@@ -306,6 +310,16 @@ def test_a_second_signal_ends_at_once(loop: str, drain: str, number: signal.Sign
         program.send(number)
         assert program.end() == code
         assert program.errors == ""
+
+
+@on_both_loops
+def test_a_second_signal_wakes_a_loop_that_is_about_to_sleep(loop: str) -> None:
+    with Program(SCRIPT, loop, "60", "asked") as program:
+        program.until("UP")
+        program.send(signal.SIGTERM)
+        # Without the descriptor, a signal between the loop's last look and its sleep waits for the next timer.
+        assert program.until("ASKED")["wakes"]
+        assert program.end() == 0
 
 
 @on_both_loops
