@@ -54,19 +54,21 @@ async def run_roles(settings: Settings, roles: Sequence[Role]) -> int:
     gc.freeze()
     gc.set_threshold(20_000, 20, 20)
     log = logs.install(settings)
-    metrics.install(settings)
+    counts = metrics.install(settings)
     totals = metrics.Totals()
     telemetry.subscribe(totals.take)
     health = Health(roles)
     try:
-        return await supervise(
-            services(settings, roles, health, totals),
-            grace=settings.grace_seconds,
-            crash_budget=settings.crash_budget,
-            crash_window=settings.crash_window_seconds,
-            on_drain=lambda: setattr(health, "draining", True),
-            child=settings.dev_children,
-        )
+        # Around the drain too: what it settles is shown while it lasts.
+        async with counts.flushing():
+            return await supervise(
+                services(settings, roles, health, totals),
+                grace=settings.grace_seconds,
+                crash_budget=settings.crash_budget,
+                crash_window=settings.crash_window_seconds,
+                on_drain=lambda: setattr(health, "draining", True),
+                child=settings.dev_children,
+            )
     finally:
         log.close()
 
@@ -94,7 +96,11 @@ def services(settings: Settings, roles: Sequence[Role], health: Health, totals: 
         )
     if "publisher" in roles:
         chosen.append(relay_of(settings, kafka, woken, health))
-        chosen.append(Janitor(opener(settings, "janitor", timeout=JANITOR_TIMEOUT_SECONDS), horizon=settings.reconcile_seconds))
+        chosen.append(
+            Janitor(
+                opener(settings, "janitor", timeout=JANITOR_TIMEOUT_SECONDS, by_index=False), horizon=settings.reconcile_seconds
+            )
+        )
     if "worker" in roles:
         chosen.append(_MeasuredWorker(worker_of(settings, kafka, health), settings, totals))
     chosen.append(Probes(health, settings.kafka_bootstrap_servers, None if "api" in roles else settings.database_url))
@@ -152,13 +158,15 @@ def kafka_of(settings: Settings) -> Kafka:
     )  # fmt: skip
 
 
-def opener(settings: Settings, role: str, *, timeout: float | None = None) -> Callable[[], Awaitable[Database]]:
+def opener(
+    settings: Settings, role: str, *, timeout: float | None = None, by_index: bool = True
+) -> Callable[[], Awaitable[Database]]:
     """Opens a role's own pool, and refuses a schema that this program was not written for."""
 
     async def open_database() -> Database:
         database = await Database.open(
             settings.database_url, size=settings.database_pool_size, timeout=timeout or settings.database_timeout_seconds,
-            application=f"orderflow {role}", statement_cache=settings.database_statement_cache,
+            application=f"orderflow {role}", statement_cache=settings.database_statement_cache, by_index=by_index,
         )  # fmt: skip
         try:
             async with database.acquire() as connection:

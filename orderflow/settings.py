@@ -86,7 +86,7 @@ class Settings(BaseSettings):
 
     # Group commit.
     batch_size: Positive = Field(500, description="rows in one grouped statement at the most")
-    batches_in_flight: Positive = Field(4, description="grouped statements of one kind that run at the same time")
+    batches_in_flight: Positive = Field(2, description="grouped statements of one kind that run at the same time")
 
     # Relay.
     relay_batch: Positive = Field(1000, description="events fetched and published in one round")

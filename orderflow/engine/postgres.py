@@ -13,6 +13,10 @@ from orderflow.engine.patience import database_error, within
 
 Connection = asyncpg.Connection | asyncpg.pool.PoolConnectionProxy
 
+# A plan that is made while a table is small, or before its first ANALYZE, reads all of it, and a prepared statement keeps it
+# while the table grows.
+_BY_INDEX = {"enable_seqscan": "off"}
+
 
 class Database:
     """A pool whose every wait is bounded: `timeout` seconds to connect, to acquire, and for one statement."""
@@ -23,9 +27,10 @@ class Database:
 
     @classmethod
     async def open(
-        cls, url: str, *, size: int, timeout: float, application: str = "orderflow", statement_cache: int = 256
-    ) -> Database:
-        """Connect at most `size` times.
+        cls, url: str, *, size: int, timeout: float, application: str = "orderflow", statement_cache: int = 256,
+        by_index: bool = False,
+    ) -> Database:  # fmt: skip
+        """Connect at most `size` times. `by_index`: for sessions whose every statement has an index to go by.
 
         Raises DependencyUnavailable or Misconfigured with a line for people when the server cannot be used.
         """
@@ -35,7 +40,7 @@ class Database:
                     url, min_size=1, max_size=size, timeout=timeout, command_timeout=timeout,
                     init=_keep_alive, reset=_nothing_to_reset,
                     max_inactive_connection_lifetime=60.0, statement_cache_size=statement_cache,
-                    server_settings=_session(application, timeout),
+                    server_settings=_session(application, timeout) | (_BY_INDEX if by_index else {}),
                 ),
                 timeout * 2,
             )  # fmt: skip

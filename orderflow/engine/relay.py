@@ -14,7 +14,6 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from datetime import UTC, datetime
 
 from aiokafka import AIOKafkaProducer
-from aiokafka.errors import KafkaError, MessageSizeTooLargeError
 
 from orderflow.engine import dead_letters, outbox
 from orderflow.engine.executor import Burial, SettledMeanwhile
@@ -22,12 +21,10 @@ from orderflow.engine.kafka import Kafka, bounded
 from orderflow.engine.message import Message
 from orderflow.engine.patience import DependencyUnavailable, within
 from orderflow.engine.postgres import Database
+from orderflow.engine.publishing import UNPUBLISHABLE, Publishing
 from orderflow.engine.shards import Shards
 from orderflow.engine.telemetry import PUBLISHER, emit, observe
 from orderflow.engine.wake import Wake
-
-# Errors of one record, whatever else the cluster can do: sending it again cannot help.
-UNPUBLISHABLE = (MessageSizeTooLargeError, UnicodeEncodeError)
 
 
 class Relay:
@@ -107,7 +104,7 @@ class Relay:
             due = await outbox.fetch_due(connection, shards, self._batch)
         if not due:
             return 0
-        results, stuck = await self._produce(producer, due)
+        results, stuck = await Publishing(self._kafka, producer).send(due)
         acknowledged, refused, lost = _sort(due, results)
         if acknowledged:
             _tell(acknowledged)
@@ -121,59 +118,6 @@ class Relay:
             reason = "a batch was refused" if lost is None else str(lost) or type(lost).__name__
             raise DependencyUnavailable(f"Kafka at {self._kafka.bootstrap} did not acknowledge: {reason}")
         return len(due)
-
-    async def _produce(self, producer: AIOKafkaProducer, due: Sequence[Message]) -> tuple[list[BaseException | None], bool]:
-        """Send in order; for each event None when Kafka acknowledged it, else the error. True: the producer is stuck."""
-        results: list[BaseException | None] = [TimeoutError("no acknowledgement in time")] * len(due)
-        sent: dict[int, asyncio.Future[object]] = {}
-        try:
-            async with asyncio.timeout(self._kafka.timeout):
-                for place, message in enumerate(due):
-                    try:
-                        key, value, headers = message.encode()
-                        sent[place] = await producer.send(self._kafka.topic, value, key, headers=headers)
-                    except UNPUBLISHABLE as error:
-                        results[place] = error
-                if sent:
-                    await asyncio.wait(sent.values())
-        except (KafkaError, TimeoutError) as error:
-            # Bounded: what was acknowledged before the limit counts, the rest keeps its error.
-            emit(PUBLISHER, "PUBLISH_INTERRUPTED", error=str(error) or type(error).__name__)
-        refused = []
-        for place, future in sent.items():
-            if future.done() and not future.cancelled():
-                if isinstance(future.exception(), MessageSizeTooLargeError):
-                    refused.append(place)
-                else:
-                    results[place] = future.exception()
-            else:
-                # It ends later, with nobody to ask for its error any more.
-                future.add_done_callback(_take_error)
-        if refused:
-            await self._find_guilty(due, refused, results)
-        return results, bool(refused)
-
-    async def _find_guilty(self, due: Sequence[Message], refused: Sequence[int], results: list[BaseException | None]) -> None:
-        """The broker refuses a whole batch for one record: sent alone, and in order, the first that is refused is guilty.
-
-        The others keep their error. A refused batch leaves a gap in its producer's sequence numbers, and the broker takes
-        nothing after it: this is done with a producer of its own, and the role starts again with a fresh one.
-        """
-        producer = await self._kafka.producer()
-        try:
-            async with asyncio.timeout(self._kafka.timeout):
-                for place in refused:
-                    key, value, headers = due[place].encode()
-                    try:
-                        await producer.send_and_wait(self._kafka.topic, value, key, headers=headers)
-                        results[place] = None
-                    except MessageSizeTooLargeError as error:
-                        results[place] = error
-                        return
-        except (KafkaError, TimeoutError) as error:
-            emit(PUBLISHER, "PUBLISH_INTERRUPTED", error=str(error) or type(error).__name__)
-        finally:
-            await bounded(producer.stop(), 2.0)
 
     async def _bury(self, database: Database, message: Message, error: BaseException) -> None:
         failure = outbox.Failure.of(message.attempt, error)
@@ -195,11 +139,6 @@ class Relay:
             emit(PUBLISHER, "DLQ_EVENT", eventId=message.id, reason=reason)
         if tell is not None:
             tell()
-
-
-def _take_error(future: asyncio.Future[object]) -> None:
-    if not future.cancelled():
-        future.exception()
 
 
 def _sort(

@@ -14,28 +14,31 @@ from enum import StrEnum
 from hashlib import blake2b
 from uuid import UUID
 
+import asyncpg
+
 from orderflow.engine.batcher import Batcher
 from orderflow.engine.ids import new_id
 from orderflow.engine.postgres import Database
 from orderflow.payments.gateway import Charge, ChargeFailed, ChargeRequest, ChargeUnknown, Declined
 
-# The ledger is asked and written in one statement for many charges, as any service of that size would do.
-_LOOK_UP = """
-SELECT t.key, (SELECT mode FROM gateway_control) AS mode, c.id, c.status, c.created_at
-FROM unnest($1::text[]) AS t(key) LEFT JOIN gateway_charges c ON c.idempotency_key = t.key
-"""
-
-_WRITE = """
+# The ledger is asked and written in one statement for many charges, as any service of that size would do: a key that has a
+# charge gets that one, whatever the mode is now.
+_CHARGE = """
 WITH input AS (
-    SELECT * FROM unnest($1::uuid[], $2::text[], $3::uuid[], $4::numeric[], $5::text[])
-                  AS t(id, key, reference, amount, status)),
+    SELECT * FROM unnest($1::uuid[], $2::text[], $3::uuid[], $4::numeric[], $5::boolean[])
+                  AS t(id, key, reference, amount, succeeds)),
+control AS (SELECT coalesce((SELECT mode FROM gateway_control), 'random') AS mode),
 written AS (
     INSERT INTO gateway_charges (id, idempotency_key, reference, amount, status)
-    SELECT * FROM input ORDER BY key ON CONFLICT (idempotency_key) DO NOTHING
+    SELECT i.id, i.key, i.reference, i.amount,
+           CASE WHEN c.mode = 'succeed' OR c.mode <> 'decline' AND i.succeeds THEN 'settled' ELSE 'declined' END
+    FROM input i CROSS JOIN control c WHERE c.mode NOT IN ('error', 'hang') ORDER BY i.key
+    ON CONFLICT (idempotency_key) DO NOTHING
     RETURNING idempotency_key, id, status, created_at)
-SELECT i.key, coalesce(w.id, c.id) AS id, coalesce(w.status, c.status) AS status,
-       coalesce(w.created_at, c.created_at) AS created_at
-FROM input i LEFT JOIN written w ON w.idempotency_key = i.key LEFT JOIN gateway_charges c ON c.idempotency_key = i.key
+SELECT i.key, c.mode, w.id IS NOT NULL AS fresh, coalesce(w.id, g.id) AS id, coalesce(w.status, g.status) AS status,
+       coalesce(w.created_at, g.created_at) AS created_at
+FROM input i CROSS JOIN control c LEFT JOIN written w ON w.idempotency_key = i.key
+LEFT JOIN gateway_charges g ON g.idempotency_key = i.key
 """
 
 _FIND = """
@@ -61,7 +64,10 @@ class Mode(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class _Entry:
+    """What the ledger says of a key. `fresh`: this very request has made the charge."""
+
     mode: Mode
+    fresh: bool
     id: UUID | None
     status: str | None
     created_at: datetime | None
@@ -75,8 +81,7 @@ class SimulatedGateway:
         self._delay = delay
         self._success_rate = success_rate
         self._seed = str(seed).encode()
-        self._lookups: Batcher[str, _Entry] = Batcher(self._look_up)
-        self._writes: Batcher[tuple[ChargeRequest, str], _Entry] = Batcher(self._write)
+        self._charges: Batcher[ChargeRequest, _Entry] = Batcher(self._charge)
         self._finds: Batcher[UUID, Charge | None] = Batcher(self._find)
 
     def would_succeed(self, reference: UUID) -> bool:
@@ -86,23 +91,16 @@ class SimulatedGateway:
 
     async def charge(self, request: ChargeRequest) -> Charge:
         """See Gateway.charge."""
-        entry = await self._lookups.submit(request.idempotency_key)
-        if entry.id is not None:
-            return self._answer(request, entry)
-        if entry.mode is Mode.HANG:
-            await asyncio.get_running_loop().create_future()
         if self._delay > 0:
             await asyncio.sleep(self._delay)
-        if entry.mode is Mode.ERROR:
+        entry = await self._charges.submit(request)
+        if entry.id is None and entry.mode is Mode.HANG:
+            await asyncio.get_running_loop().create_future()
+        if entry.id is None:
             raise ChargeFailed("Payment gateway error: Insufficient funds")
-        if entry.mode in (Mode.RANDOM, Mode.TIMEOUT):
-            succeeds = self.would_succeed(request.reference)
-        else:
-            succeeds = entry.mode is Mode.SUCCEED
-        written = await self._writes.submit((request, "settled" if succeeds else "declined"))
-        if entry.mode is Mode.TIMEOUT:
+        if entry.fresh and entry.mode is Mode.TIMEOUT:
             raise ChargeUnknown("Payment gateway timeout: the answer was lost")
-        return self._answer(request, written)
+        return self._answer(request, entry)
 
     async def find(self, reference: UUID) -> Charge | None:
         """See Gateway.find."""
@@ -113,25 +111,20 @@ class SimulatedGateway:
             raise Declined("Payment declined")
         return Charge(entry.id, request.reference, request.amount, entry.created_at)
 
-    async def _look_up(self, keys: Sequence[str]) -> list[_Entry]:
-        rows = await self._database.fetch(_LOOK_UP, keys)
-        entries = {r["key"]: _Entry(Mode(r["mode"] or Mode.RANDOM), r["id"], r["status"], r["created_at"]) for r in rows}
-        return [entries[key] for key in keys]
-
-    async def _write(self, charges: Sequence[tuple[ChargeRequest, str]]) -> list[_Entry]:
+    async def _charge(self, requests: Sequence[ChargeRequest]) -> list[_Entry]:
         rows = await self._database.fetch(
-            _WRITE,
-            [new_id() for _ in charges],
-            [request.idempotency_key for request, _ in charges],
-            [request.reference for request, _ in charges],
-            [request.amount for request, _ in charges],
-            [status for _, status in charges],
+            _CHARGE,
+            [new_id() for _ in requests],
+            [request.idempotency_key for request in requests],
+            [request.reference for request in requests],
+            [request.amount for request in requests],
+            [self.would_succeed(request.reference) for request in requests],
         )
-        entries = {r["key"]: _Entry(Mode.RANDOM, r["id"], r["status"], r["created_at"]) for r in rows}
-        if any(entry.id is None for entry in entries.values()):
-            # Lost the race for a key to a charge that this statement's snapshot does not show yet: it does now.
-            return await self._look_up([request.idempotency_key for request, _ in charges])
-        return [entries[request.idempotency_key] for request, _ in charges]
+        entries = {r["key"]: _Entry(Mode(r["mode"]), r["fresh"], r["id"], r["status"], r["created_at"]) for r in rows}
+        if any(entry.id is None and entry.mode not in (Mode.ERROR, Mode.HANG) for entry in entries.values()):
+            # Lost the race for a key to a charge that this statement's snapshot does not show: the group is sent again.
+            raise asyncpg.SerializationError("a charge with this key was made meanwhile")
+        return [entries[request.idempotency_key] for request in requests]
 
     async def _find(self, references: Sequence[UUID]) -> list[Charge | None]:
         rows = await self._database.fetch(_FIND, references)
@@ -140,5 +133,5 @@ class SimulatedGateway:
 
     async def close(self) -> None:
         """End the statements under way."""
-        for batcher in (self._lookups, self._writes, self._finds):
+        for batcher in (self._charges, self._finds):
             await batcher.close()
