@@ -15,6 +15,7 @@ DROP_GUARDS = """
 ALTER TABLE orders DROP CONSTRAINT orders_version_fits, DROP CONSTRAINT orders_failure_explains,
     DROP CONSTRAINT orders_history_complete;
 ALTER TABLE orders DISABLE TRIGGER orders_legal_transition;
+ALTER TABLE orders DISABLE TRIGGER orders_complete;
 """
 
 # Ten minutes of history, so that every horizon has passed: orders in each state, with what belongs to each.

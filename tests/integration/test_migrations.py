@@ -18,6 +18,8 @@ from tests.fleet import Fleet
 from tests.servers import cloned_database
 
 NEXT = VERSION + 1
+# schema.sql as it was in each earlier version.
+SCHEMAS = Path(__file__).parent.parent / "schemas"
 
 
 @pytest.fixture
@@ -52,6 +54,40 @@ async def test_many_processes_at_once(empty_url: str) -> None:
         processes = [await fleet.start("migrate") for _ in range(4)]
         assert [await process.end() for process in processes] == [0] * 4, [process.errors for process in processes]
     assert await versions(empty_url) == [VERSION]
+
+
+# Everything that a schema consists of, by name, as PostgreSQL writes it.
+CATALOG = """
+SELECT 'column ' || table_name || '.' || column_name AS name, data_type || coalesce(column_default, '') || is_nullable AS text
+FROM information_schema.columns WHERE table_schema = 'public'
+UNION ALL SELECT 'constraint ' || conname, pg_get_constraintdef(oid) FROM pg_constraint WHERE connamespace = 'public'::regnamespace
+UNION ALL SELECT 'trigger ' || tgname, pg_get_triggerdef(oid) FROM pg_trigger WHERE NOT tgisinternal
+UNION ALL SELECT 'function ' || proname, prosrc FROM pg_proc WHERE pronamespace = 'public'::regnamespace
+UNION ALL SELECT 'index ' || indexname, indexdef FROM pg_indexes WHERE schemaname = 'public'
+UNION ALL SELECT 'options ' || relname, reloptions::text FROM pg_class WHERE relnamespace = 'public'::regnamespace AND relkind = 'r'
+"""
+
+
+async def catalog(url: str) -> dict[str, str]:
+    connection = await asyncpg.connect(url, timeout=10)
+    try:
+        return {row["name"]: row["text"] for row in await connection.fetch(CATALOG)}
+    finally:
+        await connection.close()
+
+
+@pytest.mark.parametrize("released", sorted(SCHEMAS.glob("*.sql")), ids=lambda file: file.stem)
+async def test_an_upgrade_from_every_version_gives_the_schema_of_today(
+    empty_url: str, database_url: str, released: Path
+) -> None:
+    connection = await asyncpg.connect(empty_url, timeout=10)
+    try:
+        await connection.execute(released.read_text("utf-8"))
+        await connection.execute("INSERT INTO schema_version (version) VALUES ($1)", int(released.stem))
+    finally:
+        await connection.close()
+    assert await migrate(empty_url) == Migrated(int(released.stem), VERSION)
+    assert await catalog(empty_url) == await catalog(database_url)
 
 
 async def test_a_database_without_the_schema_is_refused_with_the_command_that_helps(empty_url: str) -> None:
