@@ -61,7 +61,8 @@ BEGIN
     END IF;
     RETURN NEW;
 END $$;
-CREATE OR REPLACE TRIGGER orders_complete BEFORE INSERT OR UPDATE ON orders FOR EACH ROW
+-- Its name comes after orders_legal_transition: triggers fire by name, and what is refused needs no completing.
+CREATE OR REPLACE TRIGGER orders_times_complete BEFORE INSERT OR UPDATE ON orders FOR EACH ROW
 WHEN (cardinality(NEW.entered_at) < NEW.version OR (NEW.failure IS NOT NULL AND NEW.state <> 'FAILED'))
 EXECUTE FUNCTION orders_complete();
 
@@ -72,7 +73,7 @@ WHEN (NOT (
     OR (NEW.version = OLD.version + 1 AND (
            (OLD.state = 'CREATED'         AND NEW.state IN ('PAYMENT_PENDING', 'FAILED'))
         OR (OLD.state = 'PAYMENT_PENDING' AND NEW.state IN ('PAID', 'FAILED'))
-        OR (OLD.state = 'FAILED' AND OLD.failure = 'error' AND NEW.state = 'PAYMENT_PENDING')))
+        OR (OLD.state = 'FAILED' AND OLD.failure IS NOT DISTINCT FROM 'error' AND NEW.state = 'PAYMENT_PENDING')))
 )) EXECUTE FUNCTION orders_refuse_transition();
 
 -- ---------------------------------------------------------------------------------------------------- outbox

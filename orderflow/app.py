@@ -22,7 +22,7 @@ from orderflow.health import Health
 from orderflow.operations import Operations
 from orderflow.orders.http import Api
 from orderflow.parent import watch_parent
-from orderflow.payments.handlers import ChargeHandler, FailOrder
+from orderflow.payments.handlers import SUBJECTS, ChargeHandler, FailOrder
 from orderflow.payments.simulated import SimulatedGateway
 from orderflow.probes import Probes
 from orderflow.processes import run_processes
@@ -89,7 +89,9 @@ def services(settings: Settings, roles: Sequence[Role], health: Health, totals: 
     kafka = kafka_of(settings)
     chosen: list[Service] = []
     if "api" in roles:
-        chosen.append(Api(settings, opener(settings, "api"), health, metrics.render, wake=woken.set))
+        chosen.append(
+            Api(settings, opener(settings, "api"), health, metrics.render, wake=woken.set, count=metrics.count_request)
+        )
     elif settings.metrics_port:
         chosen.append(
             Operations(settings.http_host, settings.metrics_port, health, metrics.render, reuse_port=settings.http_reuse_port)
@@ -140,7 +142,7 @@ def worker_of(settings: Settings, kafka: Kafka, health: Health) -> Worker:
 
     policy = RetryPolicy(settings.max_attempts, settings.backoff_base_ms / 1000, settings.backoff_cap_ms / 1000)
     return Worker(
-        opener(settings, "worker"), kafka, handlers, policy, worker_id=settings.worker_id,
+        opener(settings, "worker"), kafka, handlers, policy, worker_id=settings.worker_id, subjects=SUBJECTS,
         max_in_flight=settings.max_in_flight, commit_interval=settings.commit_interval_ms / 1000,
         drain_timeout=max(0.1, settings.grace_seconds - CLOSING_SECONDS),
         batch=settings.batch_size, in_flight=settings.batches_in_flight, started=lambda: health.started("worker"),

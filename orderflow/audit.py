@@ -95,7 +95,7 @@ I2 = Invariant(
                      CASE WHEN o.state = 'CREATED' THEN o.version = 1 WHEN o.state = 'PAID' THEN o.version >= 3
                           WHEN o.state IN ('PAYMENT_PENDING', 'FAILED') THEN o.version >= 2 END, false)
                  THEN format('%s cannot have version %s', o.state, o.version) END,
-            CASE WHEN (o.state = 'FAILED') <> (o.failure IS NOT NULL)
+            CASE WHEN o.failure IS NOT NULL AND o.state <> 'FAILED'
                  THEN format('%s with failure %s', o.state, coalesce(o.failure, 'unset')) END,
             CASE WHEN cardinality(o.entered_at) <> o.version
                  THEN format('version %s but %s times of entry', o.version, cardinality(o.entered_at)) END,

@@ -176,7 +176,7 @@ def explained(error: Exception) -> tuple[int, str]:
     if isinstance(error, ModuleNotFoundError):
         return (
             FAILED,
-            f"{error.name} is not installed: pip install 'orderflow[dev]' (--debug shows who needs it)",
+            f"{error.name} is not installed: in a checkout `make run` installs it (--debug shows who needs it)",
         )
     return FAILED, _one_line(f"{type(error).__name__}: {error} (--debug shows the traceback)")
 

@@ -1,7 +1,8 @@
 """Counters and histograms for Prometheus, and the METRICS line: both count the facts that telemetry tells of.
 
 prometheus_client is imported by `install` only. It decides at its import whether the processes of one parent share
-their counts: the parent sets PROMETHEUS_MULTIPROC_DIR for them (`processes`).
+their counts: the parent sets PROMETHEUS_MULTIPROC_DIR for them (`processes`). Each count of its own costs microseconds then, a
+tenth of a busy worker; so facts are added up here, and `flush` hands over the sums.
 """
 
 from __future__ import annotations
@@ -9,7 +10,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import platform
-from collections.abc import Callable
+from bisect import bisect_left
+from collections import defaultdict
+from collections.abc import AsyncIterator, Callable
 from typing import TYPE_CHECKING, Any, Final
 
 from orderflow import __version__
@@ -18,21 +21,26 @@ from orderflow.engine.patience import within
 from orderflow.engine.telemetry import WORKER, emit
 
 if TYPE_CHECKING:
-    from prometheus_client import Counter
+    from prometheus_client import Counter, Histogram
 
     from orderflow.settings import Settings
 
 STAGES: Final = ("accepted", "published", "received", "charged", "settled")
-BUCKETS: Final = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)  # seconds
+BUCKETS: Final = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)  # seconds
 # Other programs may write any event type to the outbox; each value of a label is a time series for ever.
 MOST_LABELS: Final = 50
 METHODS: Final = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
+# So much later than its own process does a sibling show a count; a process that is killed takes as much with it.
+FLUSH_SECONDS: Final = 1.0
 
 Count = Callable[[dict[str, Any]], None]
 
 
 class Metrics:
-    """The program's metrics; `take` and `observe` are its telemetry subscribers."""
+    """The program's metrics; `take` and `observe` are its telemetry subscribers.
+
+    All but LOG_LINES_DROPPED comes from the event loop's thread, where `flush` belongs too: nothing here is locked.
+    """
 
     def __init__(self) -> None:
         from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
@@ -52,24 +60,28 @@ class Metrics:
             "orderflow_http_requests_total", "HTTP requests that were answered.", "method", "route", "status"
         )
         dropped = counter("orderflow_log_lines_dropped_total", "Log lines let go because nobody read them in time.")
-        self._request_counts: dict[tuple[str, str, int], Callable[[], None]] = {}
+        self._request_counters: dict[tuple[str, str, int], Counter] = {}
+        self._pending: defaultdict[Counter, int] = defaultdict(int)
         self._counts: dict[str, Count] = {
-            "EVENT_PUBLISHED": _by_label(published, "eventType"),
-            "EVENT_RECEIVED": _each(counter("orderflow_events_received_total", "Deliveries taken from Kafka.")),
-            "EVENT_PROCESSED": _each(counter("orderflow_events_processed_total", "Events processed, each once.")),
-            "DUPLICATE_EVENT": _each(counter("orderflow_duplicates_skipped_total", "Deliveries decided before.")),
-            "PAYMENT_RESULT": _by_label(payments, "status"),
-            "PAYMENT_GIVEN_UP": _constant(payments, "GIVEN_UP"),
-            "RETRY_SCHEDULED": _each(counter("orderflow_retries_total", "Failed attempts that will be repeated.")),
-            "DLQ_EVENT": _each(counter("orderflow_dead_letters_total", "Events buried as dead letters.")),
-            "ROLE_CRASHED": _by_label(crashes, "role"),
+            "EVENT_PUBLISHED": self._by_label(published, "eventType"),
+            "EVENT_RECEIVED": self._each(counter("orderflow_events_received_total", "Deliveries taken from Kafka.")),
+            "EVENT_PROCESSED": self._each(counter("orderflow_events_processed_total", "Events processed, each once.")),
+            "DUPLICATE_EVENT": self._each(counter("orderflow_duplicates_skipped_total", "Deliveries decided before.")),
+            "PAYMENT_RESULT": self._by_label(payments, "status"),
+            "PAYMENT_GIVEN_UP": self._each(payments.labels("GIVEN_UP")),
+            "RETRY_SCHEDULED": self._each(counter("orderflow_retries_total", "Failed attempts that will be repeated.")),
+            "DLQ_EVENT": self._each(counter("orderflow_dead_letters_total", "Events buried as dead letters.")),
+            "ROLE_CRASHED": self._by_label(crashes, "role"),
+            # From the log writer's thread, so straight to the library, which has a lock.
             "LOG_LINES_DROPPED": lambda fields: dropped.inc(fields["lines"]),
+            # The supervisor's last word: it may end the process before anything else is called.
+            "STOPPED": lambda fields: self.flush(),
         }
         stages = Histogram(
             "orderflow_stage_seconds", "Time that a stage of an order's way took.", ("stage",),
             buckets=BUCKETS, registry=registry,
         )  # fmt: skip
-        self._stages = {stage: stages.labels(stage).observe for stage in STAGES}
+        self._stages = {stage: _Durations(stages.labels(stage)) for stage in STAGES}
         build = Gauge(
             "orderflow_build_info", "Always 1; its labels tell what runs.", ("version", "python"),
             registry=registry, multiprocess_mode="max",
@@ -87,45 +99,92 @@ class Metrics:
             count(fields)
 
     def observe(self, stage: str, seconds: float) -> None:
-        """Note how long a stage took, in seconds; two machines' clocks may make it negative."""
-        observe = self._stages.get(stage)
-        if observe is not None:
-            observe(seconds if seconds > 0.0 else 0.0)
+        """Note how long a stage took, in seconds; two machines' clocks may make it negative, which counts as 0."""
+        durations = self._stages.get(stage)
+        if durations is not None:
+            durations.counts[bisect_left(BUCKETS, seconds)] += 1
+            if seconds > 0.0:
+                durations.total += seconds
 
     def count_request(self, method: str, route: str, status: int) -> None:
         """Count one HTTP request; `route` is its pattern, never the path itself."""
         key = (method if method in METHODS else "other", route, status)
-        count = self._request_counts.get(key)
-        if count is None:
-            count = self._request_counts[key] = self._requests.labels(key[0], route, str(status)).inc
-        count()
+        counter = self._request_counters.get(key)
+        if counter is None:
+            counter = self._request_counters[key] = self._requests.labels(key[0], route, str(status))
+        self._pending[counter] += 1
+
+    def flush(self) -> None:
+        """Hand over to the registry, and to our siblings, what was counted since the last time."""
+        for counter, number in self._pending.items():
+            counter.inc(number)
+        self._pending.clear()
+        for durations in self._stages.values():
+            durations.flush()
+
+    @contextlib.asynccontextmanager
+    async def flushing(self, interval: float = FLUSH_SECONDS) -> AsyncIterator[None]:
+        """Flush every `interval` seconds for the length of a `with` block, and at its end."""
+
+        async def flush_regularly() -> None:
+            while True:
+                await asyncio.sleep(interval)
+                self.flush()
+
+        task = asyncio.create_task(flush_regularly(), name="metrics")
+        try:
+            yield
+        finally:
+            task.cancel()
+            self.flush()
+            await asyncio.gather(task, return_exceptions=True)
+
+    def _each(self, counter: Counter) -> Count:
+        pending = self._pending
+
+        def count(_fields: dict[str, Any]) -> None:
+            pending[counter] += 1
+
+        return count
+
+    def _by_label(self, counter: Counter, field: str) -> Count:
+        """Count by the text of one field; its label is looked up once, since a look-up costs more than the count."""
+        pending = self._pending
+        children: dict[Any, Counter] = {}
+
+        def count(fields: dict[str, Any]) -> None:
+            value = fields.get(field)
+            child = children.get(value)
+            if child is None:
+                label = str(value) if len(children) < MOST_LABELS else "other"
+                child = counter.labels(label)
+                if label != "other":
+                    children[value] = child
+            pending[child] += 1
+
+        return count
 
 
-def _each(counter: Counter) -> Count:
-    inc = counter.inc
-    return lambda fields: inc()
+class _Durations:
+    """What a histogram has not been told yet: how many durations by bucket, and their sum."""
 
+    __slots__ = ("_histogram", "counts", "total")
 
-def _constant(counter: Counter, label: str) -> Count:
-    inc = counter.labels(label).inc
-    return lambda fields: inc()
+    def __init__(self, histogram: Histogram) -> None:
+        self._histogram = histogram
+        self.counts = [0] * (len(BUCKETS) + 1)
+        self.total = 0.0
 
-
-def _by_label(counter: Counter, field: str) -> Count:
-    """Count by the text of one field; its label is looked up once, since a look-up costs more than the count."""
-    children: dict[Any, Callable[[], None]] = {}
-
-    def count(fields: dict[str, Any]) -> None:
-        value = fields.get(field)
-        child = children.get(value)
-        if child is None:
-            label = str(value) if len(children) < MOST_LABELS else "other"
-            child = counter.labels(label).inc
-            if label != "other":
-                children[value] = child
-        child()
-
-    return count
+    def flush(self) -> None:
+        # The library has no public call for many durations: this is what its `observe` does for each, done once a bucket.
+        # Should a later version do it otherwise, a test that compares the two fails.
+        for bucket, number in enumerate(self.counts):
+            if number:
+                self._histogram._buckets[bucket].inc(number)
+                self.counts[bucket] = 0
+        if self.total:
+            self._histogram._sum.inc(self.total)
+            self.total = 0.0
 
 
 _installed: Metrics | None = None
@@ -149,6 +208,8 @@ def render() -> tuple[bytes, str]:
     """The exposition text and its content type: of this process, or of all its siblings where they share their counts."""
     from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest, multiprocess, values
 
+    if _installed is not None:
+        _installed.flush()
     if values.ValueClass._multiprocess:
         shared = CollectorRegistry()
         multiprocess.MultiProcessCollector(shared)  # type: ignore[no-untyped-call]

@@ -86,7 +86,8 @@ def refuse_newer(found: int, expected: int = VERSION) -> None:
     """Raise Misconfigured for a schema that a newer orderflow has made."""
     if found > expected:
         raise Misconfigured(
-            f"the database has schema version {found}, this program knows {expected}: run the newer orderflow, or restore"
+            f"the database has schema version {found}, this program knows {expected}: install the orderflow that ran "
+            "`orderflow migrate` here, or restore a backup from before"
         )
 
 

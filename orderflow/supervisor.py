@@ -121,6 +121,7 @@ class _Supervisor:
         self._stopping = asyncio.Event()
         self._armed = False
         self._code = OK
+        self._reasons: set[str] = set()
 
     async def run(self, services: Sequence[Service]) -> int:
         loop = asyncio.get_running_loop()
@@ -195,7 +196,10 @@ class _Supervisor:
 
     def _fail(self, reason: str, code: int) -> None:
         self._code = self._code or code
-        report_failure(reason)
+        # One wrong setting stops every role: people read its line once.
+        if reason not in self._reasons:
+            self._reasons.add(reason)
+            report_failure(reason)
         self._stop(reason="failure")
 
     def _stop(self, reason: str) -> None:

@@ -20,7 +20,7 @@ from orderflow.engine.postgres import Database
 from orderflow.engine.retry import RetryPolicy
 from orderflow.engine.worker import Worker
 from orderflow.payments.gateway import Charge, ChargeRequest, Gateway
-from orderflow.payments.handlers import ChargeHandler
+from orderflow.payments.handlers import SUBJECTS, ChargeHandler
 from orderflow.settings import Settings
 from orderflow.supervisor import Service
 from tests.rows import record_of
@@ -181,7 +181,7 @@ async def executing(
     async with opened(url, size=8) as database:
         charge = ChargeHandler(database, gateway or FakeGateway(), worker_id=worker_id, timeout=timeout)
         chosen = {"OrderCreated": charge} if handlers is None else handlers
-        executor = Executor(database, chosen, policy, worker_id=worker_id)
+        executor = Executor(database, chosen, policy, worker_id=worker_id, subjects=SUBJECTS)
         try:
             yield executor
         finally:

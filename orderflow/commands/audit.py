@@ -11,8 +11,9 @@ import click
 from orderflow import audit as invariants
 from orderflow.audit import Finding
 from orderflow.commands.output import as_json as print_json
-from orderflow.commands.output import escaped, progress, table
+from orderflow.commands.output import escaped, table
 from orderflow.commands.parameters import as_json_option, database_option
+from orderflow.commands.progress import progress
 from orderflow.commands.session import with_database
 from orderflow.engine.postgres import Database
 
@@ -66,7 +67,7 @@ def audit(
     ids = None if accepted is None else accepted_ids(accepted)
 
     async def work(database: Database) -> list[Finding]:
-        with progress("auditing", len(invariants.INVARIANTS)) as advance:
+        with progress("auditing") as tell:
             async with database.acquire() as connection:
                 return await invariants.audit(
                     connection,
@@ -74,7 +75,9 @@ def audit(
                     reconcile_horizon=reconcile_horizon,
                     accepted=ids,
                     timeout=timeout,
-                    checked=lambda finding: advance(1),
+                    checking=lambda invariant: tell(
+                        invariants.INVARIANTS.index(invariant) / len(invariants.INVARIANTS), f"{invariant.name}: {invariant.text}"
+                    ),
                 )
 
     findings = with_database(database_url, work, statement_seconds=timeout)

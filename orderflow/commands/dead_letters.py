@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -10,7 +11,7 @@ from uuid import UUID
 import click
 import orjson
 
-from orderflow.commands.output import agreed, camel, escaped, fields, progress, shown, table
+from orderflow.commands.output import agreed, camel, escaped, fields, shown, table
 from orderflow.commands.output import as_json as print_json
 from orderflow.commands.parameters import (
     as_json_option,
@@ -19,6 +20,7 @@ from orderflow.commands.parameters import (
     limit_option,
     yes_option,
 )
+from orderflow.commands.progress import counting
 from orderflow.commands.session import with_database
 from orderflow.engine import dead_letters as letters
 from orderflow.engine.dead_letters import DeadLetter
@@ -26,6 +28,8 @@ from orderflow.engine.postgres import Database
 
 RAW_PREVIEW = 400
 LONG = 600.0
+# What a script that gives none leaves behind: the row says that nobody was asked.
+NO_REASON = "no reason given"
 
 
 @click.group()
@@ -145,12 +149,14 @@ def redrive(event_ids: tuple[UUID, ...], everything: bool, yes: bool, as_json: b
 
 @dead_letters.command()
 @click.argument("event_ids", type=identifier, metavar="ID...", nargs=-1, required=True)
-@click.option("--reason", required=True, help="Why; it is kept with the dead letter.")
+@click.option("--reason", metavar="TEXT", help="Why; kept with the dead letter. Asked for on a terminal.")
 @yes_option
 @as_json_option
 @database_option
-def discard(event_ids: tuple[UUID, ...], reason: str, yes: bool, as_json: bool, database_url: str | None) -> int:
+def discard(event_ids: tuple[UUID, ...], reason: str | None, yes: bool, as_json: bool, database_url: str | None) -> int:
     """Close dead letters for good. They are kept, with the reason."""
+    if reason is None:
+        reason = click.prompt("why", err=True) if sys.stdin.isatty() else NO_REASON
     if not reason.strip() or "\0" in reason:
         raise click.UsageError("--reason: say why in some words", click.get_current_context())
 
@@ -206,7 +212,7 @@ def _agree(chosen: Sequence[UUID], what: str, yes: bool) -> None:
 
 async def _each(chosen: Sequence[UUID], what: str, one: Any) -> list[Result]:
     results = []
-    with progress(what, len(chosen)) as advance:
+    with counting(what, len(chosen)) as advance:
         for event_id in chosen:
             results.append(await one(event_id))
             advance(1)

@@ -9,7 +9,7 @@ from uuid import UUID
 
 import click
 
-from orderflow.commands.output import agreed, progress, table
+from orderflow.commands.output import agreed, table
 from orderflow.commands.output import as_json as print_json
 from orderflow.commands.parameters import (
     as_json_option,
@@ -18,6 +18,7 @@ from orderflow.commands.parameters import (
     moment_or_ago,
     yes_option,
 )
+from orderflow.commands.progress import counting
 from orderflow.commands.session import with_database
 from orderflow.engine import outbox
 from orderflow.engine.postgres import Connection, Database
@@ -79,7 +80,7 @@ def replay(
 async def publish_again(connection: Connection, event_ids: list[UUID]) -> int:
     """Make these rows due, a chunk a transaction, and wake the relays after each; returns how many were moved."""
     replayed = 0
-    with progress("replaying", len(event_ids)) as advance:
+    with counting("replaying", len(event_ids)) as advance:
         for start in range(0, len(event_ids), CHUNK):
             chunk = event_ids[start : start + CHUNK]
             replayed += await outbox.replay(connection, chunk)

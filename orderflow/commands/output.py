@@ -1,20 +1,16 @@
-"""What commands print: tables, JSON, progress, questions. No text from the database is trusted to be printable."""
+"""What commands print: tables, JSON, questions. No text from the database is trusted to be printable."""
 
 from __future__ import annotations
 
 import base64
 import sys
-import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
-from typing import Any
 from uuid import UUID
 
 import click
 
-PROGRESS_AFTER = 1.0
 NARROWEST = 24
 
 
@@ -171,31 +167,3 @@ def agreed(question: str, *, yes: bool) -> None:
         return
     if not click.confirm(question, err=True):
         raise click.ClickException("nothing was changed")
-
-
-@contextmanager
-def progress(what: str, total: int) -> Iterator[Callable[[int], None]]:
-    """Yields `advance(n)`; a bar appears on stderr, if that is a terminal, once the work has taken a second."""
-    began = time.monotonic()
-    bar: Any = None
-    task: Any = None
-    done = 0
-
-    def advance(n: int) -> None:
-        nonlocal bar, task, done
-        done += n
-        if bar is None and sys.stderr.isatty() and time.monotonic() - began > PROGRESS_AFTER:
-            from rich.console import Console
-            from rich.progress import Progress
-
-            bar = Progress(console=Console(stderr=True), transient=True)
-            bar.start()
-            task = bar.add_task(what, total=total)
-        if bar is not None:
-            bar.update(task, completed=done)
-
-    try:
-        yield advance
-    finally:
-        if bar is not None:
-            bar.stop()

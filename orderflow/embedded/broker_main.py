@@ -50,7 +50,7 @@ def main() -> int:
     try:
         import confluent_kafka
     except ImportError:
-        print('the embedded broker is not installed: pip install "orderflow[dev]"', file=sys.stderr)
+        print("the embedded broker is missing: `pip install confluent-kafka`, or `make run` in a checkout", file=sys.stderr)
         return 1
     address = start_through_the_library(Path(confluent_kafka.__file__).parent)
     if address is None:

@@ -79,8 +79,10 @@ class Executor:
 
     def __init__(
         self, database: Database, handlers: Mapping[str, Handler], policy: RetryPolicy, *,
-        worker_id: str, batch: int = 500, in_flight: int = 4, random: Random | None = None,
+        worker_id: str, subjects: Mapping[str, str] | None = None, batch: int = 500, in_flight: int = 4,
+        random: Random | None = None,
     ) -> None:  # fmt: skip
+        """`subjects`: see processed.record_statement; for event types without a handler."""
         self._database = database
         self._handlers = handlers
         self._policy = policy
@@ -88,7 +90,8 @@ class Executor:
         self._random = random or Random()
         options = {"size": batch, "in_flight": in_flight, "patience": ENDLESS}
         self._lookups = Batcher[UUID, Known | None](lambda ids: processed.look_up(database, ids), **options)  # type: ignore[arg-type]
-        self._records = Batcher[Message, bool](lambda ms: processed.record(database, ms, worker_id), **options)  # type: ignore[arg-type]
+        record = processed.record_statement(subjects or {})
+        self._records = Batcher[Message, bool](lambda ms: processed.record(database, record, ms, worker_id), **options)  # type: ignore[arg-type]
         self._retries = Batcher[outbox.Republish, bool](lambda rs: outbox.republish_if_attempt(database, rs), **options)  # type: ignore[arg-type]
 
     async def execute(self, record: Record) -> None:
@@ -118,8 +121,12 @@ class Executor:
             await self._bury_foreign(record, uuid5(UNDECODABLE, repr(record.place)), reason, None, message)
             return
         delivery = Delivery(message, record.place, self._worker_id, max(0, known.attempt - known.first_attempt))
-        if handler is None or not known.is_fresh(message.attempt):
+        if not known.is_fresh(message.attempt):
             await self._settle(delivery, Duplicate())
+        elif handler is None:
+            # Neither decided nor recorded: what it tells of does not exist.
+            reason = f"Unknown {message.aggregate_type}: not in this database"
+            await self._settle(delivery, Dead(reason, Permanent(reason)))
         else:
             await self._settle(delivery, await self._handle(handler, delivery))
 

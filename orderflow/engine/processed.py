@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from uuid import UUID
 
@@ -18,16 +18,26 @@ FROM outbox o WHERE o.event_id = ANY($1::uuid[])
 
 # In the order of the key, so that two workers that record overlapping groups cannot wait for each other in a circle. Never for
 # a buried event: an event is processed or dead-lettered, not both. Never without its own outbox row: a record that borrows the
-# id of another event would have that one skipped as processed.
+# id of another event would have that one skipped as processed. Nor without its
+# aggregate, for the types that tell of one of ours.
 _RECORD = """
 INSERT INTO processed_events (event_id, worker_id)
 SELECT event_id, $4 FROM unnest($1::uuid[], $2::text[], $3::uuid[]) AS t(event_id, event_type, aggregate_id)
 JOIN outbox o USING (event_id, event_type, aggregate_id)
-WHERE NOT EXISTS (SELECT FROM dead_letter_events d WHERE d.event_id = t.event_id)
+WHERE NOT EXISTS (SELECT FROM dead_letter_events d WHERE d.event_id = t.event_id){exists}
 ORDER BY event_id
 ON CONFLICT (event_id) DO NOTHING
 RETURNING event_id
 """
+
+
+def record_statement(subjects: Mapping[str, str]) -> str:
+    """The statement for `record`. `subjects`: for the event types whose aggregate has to exist here, its table (key `id`)."""
+    known = [
+        f" WHEN '{kind}' THEN EXISTS (SELECT FROM {table} a WHERE a.id = o.aggregate_id)" for kind, table in subjects.items()
+    ]
+    exists = f"\n  AND CASE o.event_type{''.join(known)} ELSE true END" if subjects else ""
+    return _RECORD.format(exists=exists)
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,10 +68,13 @@ async def look_up(database: Database, event_ids: Sequence[UUID]) -> list[Known |
     return [known.get(event_id) for event_id in event_ids]
 
 
-async def record(database: Database, messages: Sequence[Message], worker_id: str) -> list[bool]:
-    """Note events as processed; False for each that was decided before, or has no outbox row of its type and aggregate."""
+async def record(database: Database, statement: str, messages: Sequence[Message], worker_id: str) -> list[bool]:
+    """Note events as processed, by a statement of `record_statement`.
+
+    False for each that was decided before, or has no outbox row of its type and aggregate, or no aggregate.
+    """
     rows = await database.fetch(
-        _RECORD, [m.id for m in messages], [m.type for m in messages], [m.aggregate_id for m in messages], worker_id
+        statement, [m.id for m in messages], [m.type for m in messages], [m.aggregate_id for m in messages], worker_id
     )
     recorded = {row["event_id"] for row in rows}
     return [m.id in recorded for m in messages]

@@ -24,7 +24,8 @@ class Worker:
 
     def __init__(
         self, open_database: Callable[[], Awaitable[Database]], kafka: Kafka, handlers: HandlerFactory, policy: RetryPolicy, *,
-        worker_id: str, max_in_flight: int = 5000, commit_interval: float = 0.5, drain_timeout: float = 8.0,
+        worker_id: str, subjects: Mapping[str, str] | None = None,
+        max_in_flight: int = 5000, commit_interval: float = 0.5, drain_timeout: float = 8.0,
         batch: int = 500, in_flight: int = 4, started: Callable[[], None] = lambda: None,
     ) -> None:  # fmt: skip
         self._open_database = open_database
@@ -32,6 +33,7 @@ class Worker:
         self._handlers = handlers
         self._policy = policy
         self._worker_id = worker_id
+        self._subjects = subjects
         self._max_in_flight = max_in_flight
         self._commit_interval = commit_interval
         self._drain_timeout = drain_timeout
@@ -46,8 +48,9 @@ class Worker:
             stack.push_async_callback(database.close)
             handlers = await self._handlers(database, stack)
             executor = Executor(
-                database, handlers, self._policy, worker_id=self._worker_id, batch=self._batch, in_flight=self._in_flight
-            )
+                database, handlers, self._policy, worker_id=self._worker_id, subjects=self._subjects, batch=self._batch,
+                in_flight=self._in_flight,
+            )  # fmt: skip
             stack.push_async_callback(executor.close)
             consumer = Consumer(
                 self._kafka, executor.execute, client_id=self._worker_id, max_in_flight=self._max_in_flight,

@@ -18,7 +18,7 @@ from orderflow.orders.openapi import document
 from orderflow.orders.problems import SERVER
 from orderflow.orders.routes import OrderRoutes
 from orderflow.orders.service import OrderService
-from orderflow.orders.serving import MAX_BODY, Runner, listen
+from orderflow.orders.serving import MAX_BODY, Count, Runner, listen
 from orderflow.settings import Settings
 
 PROBE_SECONDS = 2.0
@@ -65,8 +65,9 @@ class Api:
 
     def __init__(
         self, settings: Settings, open_database: Callable[[], Awaitable[Database]], health: Health,
-        metrics: Metrics, wake: Callable[[], None] = lambda: None,
+        metrics: Metrics, wake: Callable[[], None] = lambda: None, count: Count = lambda method, route, status: None,
     ) -> None:  # fmt: skip
+        self._count = count
         self._settings = settings
         self._open_database = open_database
         self._health = health
@@ -86,7 +87,8 @@ class Api:
             self._metrics,
             request_timeout=settings.http_request_timeout_seconds,
         )
-        runner = Runner(app, drain_seconds=max(0.2, settings.grace_seconds - RESERVED_SECONDS))
+        drain_seconds = max(0.2, settings.grace_seconds - RESERVED_SECONDS)
+        runner = Runner(app, drain_seconds=drain_seconds, count=self._count)
         probe = asyncio.create_task(watch_database(database, service, self._health))
         try:
             await runner.setup()

@@ -9,23 +9,25 @@ from typing import Final
 from uuid import UUID
 
 HEADER: Final = "Idempotency-Key"
-WRONG_KEY: Final = "must be 1 to 255 visible ASCII characters, bare or in double quotes"
+WRONG_KEY: Final = "must be 1 to 255 ASCII characters, visible ones when bare, spaces as well in double quotes"
 
 # A quoted key is an RFC 8941 string: a backslash stands before each quote and each backslash in it.
-_QUOTED = re.compile(r'"((?:[!#-\[\]-~]|\\["\\])*)"')
+_QUOTED = re.compile(r'"((?:[ !#-\[\]-~]|\\["\\])*)"')
 _ESCAPED = re.compile(r'\\(["\\])')
-_VISIBLE = re.compile(r"[!-~]{1,255}")
+_BARE = re.compile(r"[!-~]{1,255}")
+_PRINTABLE = re.compile(r"[ -~]{1,255}")
 
 
 def parse_key(header: str) -> str:
     """The key of a header value; quoted and bare forms of a text are the same key. Raises ValueError."""
     key = header.strip(" \t")
+    allowed = _BARE
     if key.startswith('"'):
         quoted = _QUOTED.fullmatch(key)
         if quoted is None:
             raise ValueError(WRONG_KEY)
-        key = _ESCAPED.sub(r"\1", quoted[1])
-    if _VISIBLE.fullmatch(key) is None:
+        key, allowed = _ESCAPED.sub(r"\1", quoted[1]), _PRINTABLE
+    if allowed.fullmatch(key) is None:
         raise ValueError(WRONG_KEY)
     return key
 

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import errno
 import socket
+from collections.abc import Callable
 from typing import Any, Final
 
 from aiohttp import web
 from aiohttp.web_protocol import RequestHandler
 
 from orderflow.engine.patience import Misconfigured
-from orderflow.orders.problems import Problem, with_problems
+from orderflow.orders.problems import Handle, Problem, with_problems
+
+# Told of each answered request: method, pattern of the route, status.
+Count = Callable[[str, str, int], None]
 
 BACKLOG: Final = 1024
 # Also how long a connection may take to send its request's head.
@@ -46,16 +50,33 @@ class _Server(web.Server):
 class Runner(web.AppRunner):
     """Serves an application, every error as a problem document; `cleanup` waits `drain_seconds` for requests under way."""
 
-    def __init__(self, app: web.Application, *, drain_seconds: float) -> None:
+    def __init__(
+        self, app: web.Application, *, drain_seconds: float, count: Count = lambda method, route, status: None
+    ) -> None:
+        """`count` is told of each request that was answered: method, pattern of the route, status."""
         # aiohttp waits for its timeout twice: until requests end by themselves, and again after telling them to.
         super().__init__(
             app, handle_signals=False, shutdown_timeout=drain_seconds / 2, access_log=None,
             keepalive_timeout=KEEPALIVE_SECONDS, lingering_time=LINGER_SECONDS, auto_decompress=False,
         )  # fmt: skip
+        self._count = count
 
     async def _make_server(self) -> web.Server:
         made = await super()._make_server()
-        return _Server(with_problems(made.request_handler), request_factory=made.request_factory, **self._kwargs)
+        return _Server(
+            _counted(with_problems(made.request_handler), self._count), request_factory=made.request_factory, **self._kwargs
+        )
+
+
+def _counted(handle: Handle, count: Count) -> Handle:
+    async def answer(request: web.BaseRequest) -> web.StreamResponse:
+        response = await handle(request)
+        # Never the path itself: each would be a time series for ever.
+        resource = request.match_info.route.resource if isinstance(request, web.Request) else None
+        count(request.method, resource.canonical if resource is not None else "unknown", response.status)
+        return response
+
+    return answer
 
 
 async def listen(

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from datetime import UTC, datetime
+from typing import Final
 from uuid import UUID
 
 import orjson
@@ -34,6 +35,9 @@ from orderflow.payments.gateway import (
     idempotency_key,
 )
 from orderflow.payments.store import Begun, Settlement
+
+# Events that nobody handles, and that tell of an order all the same: without it they are buried.
+SUBJECTS: Final = {"OrderPaid": "orders", "OrderFailed": "orders"}
 
 
 class FailOrder:

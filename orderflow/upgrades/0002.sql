@@ -12,6 +12,17 @@ BEGIN
     END IF;
     RETURN NEW;
 END $$;
-CREATE OR REPLACE TRIGGER orders_complete BEFORE INSERT OR UPDATE ON orders FOR EACH ROW
+-- Its name comes after orders_legal_transition: triggers fire by name, and what is refused needs no completing.
+CREATE OR REPLACE TRIGGER orders_times_complete BEFORE INSERT OR UPDATE ON orders FOR EACH ROW
 WHEN (cardinality(NEW.entered_at) < NEW.version OR (NEW.failure IS NOT NULL AND NEW.state <> 'FAILED'))
 EXECUTE FUNCTION orders_complete();
+
+-- A failure may be unknown now, and what is NULL is no technical failure.
+CREATE OR REPLACE TRIGGER orders_legal_transition BEFORE UPDATE OF state, version ON orders FOR EACH ROW
+WHEN (NOT (
+    (NEW.state = OLD.state AND NEW.version = OLD.version)
+    OR (NEW.version = OLD.version + 1 AND (
+           (OLD.state = 'CREATED'         AND NEW.state IN ('PAYMENT_PENDING', 'FAILED'))
+        OR (OLD.state = 'PAYMENT_PENDING' AND NEW.state IN ('PAID', 'FAILED'))
+        OR (OLD.state = 'FAILED' AND OLD.failure IS NOT DISTINCT FROM 'error' AND NEW.state = 'PAYMENT_PENDING')))
+)) EXECUTE FUNCTION orders_refuse_transition();

@@ -15,7 +15,7 @@ DROP_GUARDS = """
 ALTER TABLE orders DROP CONSTRAINT orders_version_fits, DROP CONSTRAINT orders_failure_explains,
     DROP CONSTRAINT orders_history_complete;
 ALTER TABLE orders DISABLE TRIGGER orders_legal_transition;
-ALTER TABLE orders DISABLE TRIGGER orders_complete;
+ALTER TABLE orders DISABLE TRIGGER orders_times_complete;
 """
 
 # Ten minutes of history, so that every horizon has passed: orders in each state, with what belongs to each.
@@ -106,7 +106,7 @@ PLANTED = {
     "I2 a version that the state cannot have": (
         "I2", f"UPDATE orders SET version = 2, entered_at = entered_at[1:2] WHERE id = {ONE}"
     ),
-    "I2 an unexplained failure": ("I2", "UPDATE orders SET failure = NULL WHERE failure = 'declined'"),
+    "I2 a failure of an order that did not fail": ("I2", f"UPDATE orders SET failure = 'error' WHERE id = {ONE}"),
     "I2 a history cut short": ("I2", f"UPDATE orders SET entered_at = entered_at[1:2] WHERE id = {ONE}"),
     "I2 a history out of order": (
         "I2", f"UPDATE orders SET entered_at = ARRAY[entered_at[2], entered_at[1], entered_at[3]] WHERE id = {ONE}"

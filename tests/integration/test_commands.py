@@ -269,6 +269,12 @@ async def test_a_discarded_dead_letter_is_kept_with_the_reason(command: Command,
     assert json_of(await command("dead-letters", "list", "--json")) == []
     (kept,) = json_of(await command("dead-letters", "list", "--json", "--discarded"))
     assert kept["discardReason"] == "paid by hand"
+    _, another = await buried(connection)
+    assert (await command("dead-letters", "discard", another)).exit_code == 0  # nobody at a terminal to be asked
+    (kept,) = [
+        d for d in json_of(await command("dead-letters", "list", "--json", "--discarded")) if d["eventId"] == str(another)
+    ]
+    assert kept["discardReason"] == "no reason given"
     for arguments in (["discard", event_id, "--reason", "again"], ["redrive", event_id]):
         result = await command("dead-letters", *arguments)
         assert result.exit_code == 1

@@ -11,6 +11,7 @@ from typing import Any
 import asyncpg
 import orjson
 import pytest
+from aiokafka import AIOKafkaProducer
 
 from orderflow.engine.consumer import Consumer
 from orderflow.engine.executor import Record
@@ -285,6 +286,23 @@ async def test_poison_is_buried_and_its_partition_goes_on(
             await eventually(lambda: has_read(kafka, topic, f"{topic}-again", {2: 10}), 20)
     assert facts.of("DLQ_EVENT") == []
     assert await connection.fetchval("SELECT count(*) FROM dead_letter_events") == 6
+
+
+async def test_events_that_another_producer_compressed_are_read(
+    connection: asyncpg.Connection, database_url: str, kafka: Broker, topic: str
+) -> None:
+    codecs = ("gzip", "lz4", "snappy", "zstd")
+    for codec in codecs:
+        key, value, headers = (await message_of(connection, await insert_event(connection))).encode()
+        producer = AIOKafkaProducer(bootstrap_servers=kafka.bootstrap, compression_type=codec)
+        await producer.start()
+        try:
+            await producer.send_and_wait(topic, value, key, headers=headers)
+        finally:
+            await producer.stop()
+    with watching() as facts:
+        async with running(worker_with({}, database_url, kafka_for(kafka, topic))):
+            await facts.until("EVENT_PROCESSED", count=len(codecs))
 
 
 async def has_read(broker: Broker, topic: str, group: str, wanted: dict[int, int]) -> bool:

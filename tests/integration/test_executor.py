@@ -214,6 +214,18 @@ async def test_our_own_results_are_recorded_as_processed(connection: asyncpg.Con
     assert await order_row(connection, order_id) == ("PAID", 3, None)
 
 
+@pytest.mark.parametrize("kind", ["OrderPaid", "OrderFailed"])
+async def test_news_of_an_order_that_does_not_exist(connection: asyncpg.Connection, database_url: str, kind: str) -> None:
+    event_id = await insert_event(connection, kind=kind)
+    async with executing(database_url) as executor:
+        await executor.execute(await record_of(connection, event_id))
+        await executor.execute(await record_of(connection, event_id))
+    letter = await dead_letter(connection, event_id)
+    assert letter is not None
+    assert letter["reason"] == "Unknown parcel: not in this database"
+    assert not await is_processed(connection, event_id)
+
+
 async def test_an_order_that_does_not_exist(connection: asyncpg.Connection, database_url: str) -> None:
     event_id = await insert_event(connection, kind="OrderCreated", payload='{"orderId": "x", "note": "quite a story"}')
     with watching() as facts:

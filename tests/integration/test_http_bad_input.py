@@ -7,6 +7,7 @@ from typing import Any
 
 import asyncpg
 
+from orderflow.orders.idempotency import WRONG_KEY
 from tests.serving import USER, Answer, Served, serving
 
 NOT_JSON = "the body is not JSON"
@@ -17,7 +18,7 @@ NOT_A_DECIMAL = "amount: must be digits with at most two decimals, such as 299.9
 NOT_AN_AMOUNT = 'amount: must be a number, or a string such as "299.99"'
 NOT_A_UUID = "userId: must be a UUID such as 3f0c8a52-6d1e-4b7f-9a43-0c5d2e8f7b61"
 NOT_AN_OBJECT = "body: must be a JSON object with userId and amount"
-NOT_A_KEY = "Idempotency-Key: must be 1 to 255 visible ASCII characters, bare or in double quotes"
+NOT_A_KEY = f"Idempotency-Key: {WRONG_KEY}"
 
 
 def amount(text: str) -> str:

@@ -60,11 +60,13 @@ async def test_many_processes_at_once(empty_url: str) -> None:
 CATALOG = """
 SELECT 'column ' || table_name || '.' || column_name AS name, data_type || coalesce(column_default, '') || is_nullable AS text
 FROM information_schema.columns WHERE table_schema = 'public'
-UNION ALL SELECT 'constraint ' || conname, pg_get_constraintdef(oid) FROM pg_constraint WHERE connamespace = 'public'::regnamespace
+UNION ALL SELECT 'constraint ' || conname, pg_get_constraintdef(oid) FROM pg_constraint
+    WHERE connamespace = 'public'::regnamespace
 UNION ALL SELECT 'trigger ' || tgname, pg_get_triggerdef(oid) FROM pg_trigger WHERE NOT tgisinternal
 UNION ALL SELECT 'function ' || proname, prosrc FROM pg_proc WHERE pronamespace = 'public'::regnamespace
 UNION ALL SELECT 'index ' || indexname, indexdef FROM pg_indexes WHERE schemaname = 'public'
-UNION ALL SELECT 'options ' || relname, reloptions::text FROM pg_class WHERE relnamespace = 'public'::regnamespace AND relkind = 'r'
+UNION ALL SELECT 'options ' || relname, reloptions::text FROM pg_class
+    WHERE relnamespace = 'public'::regnamespace AND relkind = 'r'
 """
 
 
@@ -112,9 +114,9 @@ async def test_a_schema_that_is_too_new_is_refused_by_start_and_by_migrate(
     connection: asyncpg.Connection, database_url: str
 ) -> None:
     await connection.execute("INSERT INTO schema_version (version) VALUES ($1)", NEXT)
-    with pytest.raises(Misconfigured, match=rf"schema version {NEXT}, this program knows {VERSION}: run the newer orderflow"):
+    with pytest.raises(Misconfigured, match=rf"schema version {NEXT}, this program knows {VERSION}: install the orderflow"):
         await check(connection)
-    with pytest.raises(Misconfigured, match="run the newer orderflow"):
+    with pytest.raises(Misconfigured, match="install the orderflow"):
         await migrate(database_url)
 
 

@@ -116,18 +116,22 @@ async def test_the_database_refuses_what_no_order_can_be(
 
 
 async def test_legal_transitions_by_plain_sql_are_completed(connection: asyncpg.Connection) -> None:
-    new = "INSERT INTO orders (id, user_id, state, version, amount) VALUES (gen_random_uuid(), gen_random_uuid(), $1, $2, 1) RETURNING id"
+    new = """
+        INSERT INTO orders (id, user_id, state, version, amount)
+        VALUES (gen_random_uuid(), gen_random_uuid(), $1, $2, 1) RETURNING id
+    """
     move = "UPDATE orders SET state = $2, version = version + 1 WHERE id = $1"
     order_id = await connection.fetchval(new, "CREATED", 1)
     for state in ("PAYMENT_PENDING", "FAILED"):
         await connection.execute(move, order_id, state)
-    row = await connection.fetchrow("SELECT version, failure, cardinality(entered_at) FROM orders WHERE id = $1", order_id)
+    look = "SELECT version, failure, cardinality(entered_at) FROM orders WHERE id = $1"
+    row = await connection.fetchrow(look, order_id)
     assert tuple(row) == (3, None, 3)
     with pytest.raises(asyncpg.CheckViolationError):
         await connection.execute(move, order_id, "PAYMENT_PENDING")  # why it failed is not known: nothing to redrive
     await connection.execute("UPDATE orders SET failure = 'error' WHERE id = $1", order_id)
     await connection.execute(move, order_id, "PAYMENT_PENDING")
-    row = await connection.fetchrow("SELECT version, failure, cardinality(entered_at) FROM orders WHERE id = $1", order_id)
+    row = await connection.fetchrow(look, order_id)
     assert tuple(row) == (4, None, 4)
     for state, version in (("PAYMENT_PENDING", 2), ("PAID", 3), ("FAILED", 2)):
         await connection.fetchval(new, state, version)

@@ -18,8 +18,9 @@ from orderflow import __version__
 from orderflow.cli import COMMANDS, Program, cli, explained
 from orderflow.commands.output import agreed, as_json, camel, duration, escaped, table
 from orderflow.commands.parameters import identifier, moment_or_ago
+from orderflow.commands.run import refuse_shared_port
 from orderflow.engine.patience import DependencyUnavailable, Misconfigured
-from orderflow.settings import SettingsError
+from orderflow.settings import ROLES, Role, Settings, SettingsError
 
 ROOT = Path(__file__).parents[2]
 NOBODY = "postgresql://app_user:hunter2@127.0.0.1:1/app_db"
@@ -113,7 +114,7 @@ WRONG_USAGE = {
     "nothing to redrive": (["dead-letters", "redrive"], "give the ids of dead letters, or --all"),
     "ids and all": (["dead-letters", "redrive", AN_ID, "--all"], "give the ids of dead letters, or --all"),
     "nothing to discard": (["dead-letters", "discard", "--reason", "x"], "Missing argument"),
-    "no reason": (["dead-letters", "discard", AN_ID], "--reason"),
+    "no reason": (["dead-letters", "discard", AN_ID, "--reason", " "], "--reason"),
     "a blank reason": (["dead-letters", "discard", AN_ID, "--reason", "  "], "--reason"),
     "no filter": (["events", "replay"], "--order, --since, --until, --type"),
     "a time that is none": (["events", "replay", "--since", "yesterday"], "'yesterday' is neither"),
@@ -133,6 +134,44 @@ def test_wrong_usage_is_one_line_and_exit_code_2(wrong: str) -> None:
     assert result.stderr.startswith("orderflow: ")
     assert result.stderr.count("\n") == 1
     assert named in result.stderr
+
+
+SHARED_PORT = {
+    "by environment": ([], {"HTTP_PORT": "3123", "ORDERFLOW_METRICS_PORT": "3123"}),
+    # The metrics' port has no flag.
+    "by flag": (["--port", "3123"], {"ORDERFLOW_METRICS_PORT": "3123"}),
+    "a flag over the environment": (["--port", "3123"], {"HTTP_PORT": "3000", "ORDERFLOW_METRICS_PORT": "3123"}),
+    "in small letters": ([], {"http_port": "3123", "orderflow_metrics_port": "3123"}),
+}
+SHARING = {"all roles": [], "two roles": ["--role", "api", "--role", "worker"], "processes": ["--api", "1", "--worker", "2"]}
+
+
+@pytest.mark.parametrize("roles", SHARING)
+@pytest.mark.parametrize("given", SHARED_PORT)
+def test_one_port_for_two_is_refused_in_one_line_that_names_both_settings(given: str, roles: str) -> None:
+    flags, environment = SHARED_PORT[given]
+    others = {name: value for name, value in os.environ.items() if name.upper() not in ("HTTP_PORT", "ORDERFLOW_METRICS_PORT")}
+    result = subprocess.run(
+        [sys.executable, "-m", "orderflow", "run", *SHARING[roles], *flags, "--database-url", NOBODY],
+        cwd=ROOT, env=others | environment, capture_output=True, text=True, timeout=30, check=False,
+    )  # fmt: skip
+    assert (result.returncode, result.stdout) == (2, "")
+    assert result.stderr.startswith("orderflow: ")
+    assert result.stderr.count("\n") == 1
+    for named in ("HTTP_PORT", "ORDERFLOW_METRICS_PORT", "3123"):
+        assert named in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("http_port", "metrics_port", "roles"),
+    [
+        (3000, 9464, ROLES), (3000, 0, ROLES), (0, 0, ROLES), (3000, 3000, ("api",)), (3000, 3000, ("worker",)),
+        (3000, 3000, ("publisher", "worker")),
+    ],
+)  # fmt: skip
+def test_a_port_that_only_one_of_them_opens_is_not_refused(http_port: int, metrics_port: int, roles: tuple[Role, ...]) -> None:
+    settings = Settings(_env_file=None, http_port=http_port, metrics_port=metrics_port)  # type: ignore[call-arg]
+    refuse_shared_port(settings, set(roles))
 
 
 def test_a_record_with_a_line_that_is_no_id_names_the_line() -> None:

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import pytest
+from prometheus_client import CollectorRegistry, Histogram
 
 from orderflow.engine import telemetry
 from orderflow.engine.telemetry import PROCESS, PUBLISHER, WORKER, emit, observe
-from orderflow.metrics import MOST_LABELS, Metrics, Totals, metrics_line
+from orderflow.metrics import BUCKETS, MOST_LABELS, STAGES, Metrics, Totals, metrics_line
 from orderflow.settings import load
-from tests.programs import Program
+from tests.programs import Program, holds
 
 LIMIT = 10.0
 
@@ -28,6 +31,7 @@ def metrics(monkeypatch: pytest.MonkeyPatch) -> Iterator[Metrics]:
 
 
 def value(metrics: Metrics, name: str, **labels: str) -> float | None:
+    metrics.flush()
     return metrics.registry.get_sample_value(name, labels)
 
 
@@ -58,6 +62,13 @@ def test_dropped_lines_are_added_up(metrics: Metrics) -> None:
     assert value(metrics, "orderflow_log_lines_dropped_total") == 42
 
 
+def test_dropped_lines_told_by_the_log_writers_thread_do_not_wait_for_a_flush(metrics: Metrics) -> None:
+    thread = Thread(target=emit, args=(PROCESS, "LOG_LINES_DROPPED"), kwargs={"lines": 40})
+    thread.start()
+    thread.join(LIMIT)
+    assert metrics.registry.get_sample_value("orderflow_log_lines_dropped_total") == 40
+
+
 def test_facts_that_nobody_counts_pass(metrics: Metrics) -> None:
     emit(WORKER, "STATE_CHANGE", oldState="CREATED")
 
@@ -80,6 +91,71 @@ def test_stages_are_histograms_in_seconds(metrics: Metrics) -> None:
     assert value(metrics, "orderflow_stage_seconds_bucket", stage="charged", le="0.005") == 4
     assert value(metrics, "orderflow_stage_seconds_bucket", stage="charged", le="60.0") == 4
     assert value(metrics, "orderflow_stage_seconds_count", stage="accepted") == 0
+
+
+def test_a_stage_shows_what_the_librarys_own_observe_would(metrics: Metrics) -> None:
+    registry = CollectorRegistry()
+    theirs = Histogram("orderflow_stage_seconds", "The model.", ("stage",), buckets=BUCKETS, registry=registry)
+    for stage in STAGES:
+        theirs.labels(stage)
+    # On each bound, a little to both its sides, beyond the last one, and in several flushes.
+    for bound in BUCKETS:
+        for seconds in (bound * 0.99, bound, bound * 1.01, 0.0, 1e9):
+            theirs.labels("charged").observe(seconds)
+            observe("charged", seconds)
+        metrics.flush()
+    shown = next(family for family in metrics.registry.collect() if family.name == "orderflow_stage_seconds").samples
+    model = next(iter(registry.collect())).samples
+    counted = [sample[:3] for sample in model if not sample.name.endswith(("_sum", "_created"))]
+    assert [sample[:3] for sample in shown if not sample.name.endswith(("_sum", "_created"))] == counted
+    sums = [sample.value for sample in model if sample.name.endswith("_sum")]
+    assert [sample.value for sample in shown if sample.name.endswith("_sum")] == pytest.approx(sums)
+
+
+@pytest.mark.parametrize("seconds", [float("nan"), -float("inf"), -0.0])
+def test_a_duration_that_cannot_be_counts_as_0(metrics: Metrics, seconds: float) -> None:
+    observe("charged", seconds)
+    assert value(metrics, "orderflow_stage_seconds_bucket", stage="charged", le="0.001") == 1
+    assert value(metrics, "orderflow_stage_seconds_sum", stage="charged") == 0
+
+
+def test_what_was_flushed_is_not_counted_again(metrics: Metrics) -> None:
+    for _ in range(3):
+        emit(WORKER, "EVENT_PROCESSED")
+        metrics.count_request("GET", "/orders", 200)
+        observe("settled", 0.1)
+        metrics.flush()
+        metrics.flush()
+    assert value(metrics, "orderflow_events_processed_total") == 3
+    assert value(metrics, "orderflow_http_requests_total", method="GET", route="/orders", status="200") == 3
+    assert value(metrics, "orderflow_stage_seconds_sum", stage="settled") == pytest.approx(0.3)
+
+
+def test_the_supervisors_last_word_flushes(metrics: Metrics) -> None:
+    emit(WORKER, "EVENT_PROCESSED")
+    emit(PROCESS, "STOPPED", exitCode=0)
+    assert metrics.registry.get_sample_value("orderflow_events_processed_total") == 1
+
+
+async def test_counts_are_flushed_regularly_without_being_asked_for(metrics: Metrics) -> None:
+    async with metrics.flushing(0.001):
+        for number in (1, 2):
+            emit(WORKER, "EVENT_PROCESSED")
+            async with asyncio.timeout(LIMIT):
+                while metrics.registry.get_sample_value("orderflow_events_processed_total") != number:
+                    await asyncio.sleep(0)
+
+
+@pytest.mark.parametrize("error", [None, RuntimeError, asyncio.CancelledError])
+async def test_the_last_counts_are_flushed_however_it_ends(metrics: Metrics, error: type[BaseException] | None) -> None:
+    before = asyncio.all_tasks()
+    with contextlib.suppress(RuntimeError, asyncio.CancelledError):
+        async with metrics.flushing(3600.0):
+            emit(WORKER, "EVENT_PROCESSED")
+            if error is not None:
+                raise error
+    assert metrics.registry.get_sample_value("orderflow_events_processed_total") == 1
+    assert asyncio.all_tasks() == before
 
 
 def test_requests_are_counted_by_route(metrics: Metrics) -> None:
@@ -161,16 +237,28 @@ assert "prometheus_client" not in sys.modules
 from orderflow.engine.telemetry import PUBLISHER, emit, observe
 from orderflow.settings import load
 metrics.count_request("GET", "/livez", 200)
-metrics.install(load())
+installed = metrics.install(load())
 metrics.count_request("GET", "/livez", 200)
-for number in range(int(sys.argv[1])):
-    emit(PUBLISHER, "EVENT_PUBLISHED", eventType="OrderPaid")
-    observe("published", 0.02)
-tell("COUNTED")
-sys.stdin.read()
-text, kind = metrics.render()
-tell("RENDERED", text=text.decode(), kind=kind)
+async def main():
+    async with installed.flushing():
+        for number in range(int(sys.argv[1])):
+            emit(PUBLISHER, "EVENT_PUBLISHED", eventType="OrderPaid")
+            observe("published", 0.02)
+        tell("COUNTED")
+        # Each line that comes is a scrape.
+        while await asyncio.to_thread(sys.stdin.readline):
+            text, kind = metrics.render()
+            tell("RENDERED", text=text.decode(), kind=kind)
+
+asyncio.run(main())
 """
+
+
+def scrape(program: Program) -> dict[str, Any]:
+    assert program.process.stdin is not None
+    program.process.stdin.write(b"\n")
+    program.process.stdin.flush()
+    return program.until("RENDERED")
 
 
 def samples(text: str) -> dict[str, float]:
@@ -179,8 +267,8 @@ def samples(text: str) -> dict[str, float]:
 
 
 def test_one_process_shows_its_own_counts_and_itself() -> None:
-    with Program(SCRAPED, "3") as program:
-        rendered = program.until("RENDERED")
+    with Program(SCRAPED, "3", stdin=subprocess.PIPE) as program:
+        rendered = scrape(program)
     assert rendered["kind"].startswith("text/plain")
     found = samples(rendered["text"])
     assert found['orderflow_events_published_total{event_type="OrderPaid"}'] == 3
@@ -192,6 +280,7 @@ def test_one_process_shows_its_own_counts_and_itself() -> None:
 
 def test_any_process_of_several_shows_the_counts_of_all(tmp_path: Path) -> None:
     shared = {"PROMETHEUS_MULTIPROC_DIR": str(tmp_path)}
+    published = 'orderflow_events_published_total{event_type="OrderPaid"}'
     with (
         Program(SCRAPED, "3", environment=shared) as gone,
         Program(SCRAPED, "4", environment=shared, stdin=subprocess.PIPE) as asked,
@@ -200,10 +289,10 @@ def test_any_process_of_several_shows_the_counts_of_all(tmp_path: Path) -> None:
         assert gone.end() == 0
         asked.until("COUNTED")
         other.until("COUNTED")
-        assert asked.process.stdin is not None
-        asked.process.stdin.close()
-        found = samples(asked.until("RENDERED")["text"])
+        # Nobody asks the other process: it shows its counts by itself.
+        assert holds(lambda: samples(scrape(asked)["text"])[published] == 12)
+        found = samples(scrape(asked)["text"])
     # A process that has ended took part, and a counter must not go back.
-    assert found['orderflow_events_published_total{event_type="OrderPaid"}'] == 12
+    assert found[published] == 12
     assert found['orderflow_stage_seconds_count{stage="published"}'] == 12
     assert [number for name, number in found.items() if name.startswith("orderflow_build_info{")] == [1.0]

@@ -55,7 +55,7 @@ def test_a_name_from_outside_is_made_printable() -> None:
     ("header", "key"),
     [
         ("abc", "abc"), ('"abc"', "abc"), ('  "abc" ', "abc"), (r'"a\"b\\c"', r'a"b\c'), ('a"b', 'a"b'), (r"a\b", r"a\b"),
-        ("x" * 255, "x" * 255), ('"' + "x" * 255 + '"', "x" * 255),
+        ("x" * 255, "x" * 255), ('"a b"', "a b"), ('"' + "x" * 255 + '"', "x" * 255),
     ],
 )  # fmt: skip
 def test_quoted_and_bare_forms_are_one_key(header: str, key: str) -> None:
@@ -64,10 +64,10 @@ def test_quoted_and_bare_forms_are_one_key(header: str, key: str) -> None:
 
 @pytest.mark.parametrize(
     "header",
-    ["", " ", '""', '"', '"abc', '"abc"x', r'"a\b"', "a b", '"a b"', "é", "a\x00b", "a\tb", "x" * 256, '"' + "x" * 256 + '"'],
+    ["", " ", '""', '"', '"abc', '"abc"x', r'"a\b"', "a b", "é", "a\x00b", "a\tb", "x" * 256, '"' + "x" * 256 + '"'],
 )
 def test_what_is_not_a_key_is_refused(header: str) -> None:
-    with pytest.raises(ValueError, match="1 to 255 visible ASCII"):
+    with pytest.raises(ValueError, match="1 to 255 ASCII"):
         parse_key(header)
 
 

@@ -27,6 +27,10 @@ def _nothing_set(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
 
 
+def test_the_readme_has_every_setting() -> None:
+    assert markdown().strip() in (ROOT / "README.md").read_text("utf-8"), "write it again: orderflow settings --markdown"
+
+
 def test_the_defaults_are_those_of_the_contract() -> None:
     found = load()
     assert found.http_port == 3000
