@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import AsyncIterator
 
 import asyncpg
@@ -12,6 +13,10 @@ from orderflow.embedded.errors import EmbeddedError
 from orderflow.embedded.kafka import ApacheKafka
 from orderflow.embedded.postgres import EmbeddedPostgres
 from tests import servers
+
+# A shell starts what runs in the background with SIGINT ignored, and every program of a test would inherit that.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 NEED_KAFKA = {"kafka", "real_kafka", "restartable_kafka"}
 

@@ -30,7 +30,7 @@ class Extent:
     rounds: int = 3
     seconds: float = 15.0
     warm_up: float = 2.0
-    connections: int = 64
+    connections: int = 256
     orders: int = 200
 
 

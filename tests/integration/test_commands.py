@@ -28,6 +28,7 @@ from orderflow.commands.walkthrough.parts import Part
 from orderflow.commands.walkthrough.programs import Log
 from orderflow.engine.kafka import Kafka
 from orderflow.explain import Unknown, story
+from orderflow.migrations import VERSION
 from orderflow.settings import load
 from tests.servers import Broker
 
@@ -117,10 +118,10 @@ async def buried_foreign(connection: asyncpg.Connection) -> UUID:
 
 
 async def test_migrate_says_from_where_to_where(command: Command, connection: asyncpg.Connection) -> None:
-    assert "at version 1 already" in (await command("migrate")).stdout
-    assert json_of(await command("migrate", "--json")) == {"before": 1, "after": 1}
+    assert f"at version {VERSION} already" in (await command("migrate")).stdout
+    assert json_of(await command("migrate", "--json")) == {"before": VERSION, "after": VERSION}
     await connection.execute("DROP SCHEMA public CASCADE; CREATE SCHEMA public")
-    assert json_of(await command("migrate", "--json")) == {"before": 0, "after": 1}
+    assert json_of(await command("migrate", "--json")) == {"before": 0, "after": VERSION}
 
 
 @pytest.mark.parametrize("arguments", [["orders", "list"], ["audit"], ["dead-letters", "list"], ["gateway", "mode"]])
