@@ -26,3 +26,6 @@ WHEN (NOT (
         OR (OLD.state = 'PAYMENT_PENDING' AND NEW.state IN ('PAID', 'FAILED'))
         OR (OLD.state = 'FAILED' AND OLD.failure IS NOT DISTINCT FROM 'error' AND NEW.state = 'PAYMENT_PENDING')))
 )) EXECUTE FUNCTION orders_refuse_transition();
+
+ALTER TABLE idempotency_keys SET (autovacuum_vacuum_insert_scale_factor = 0.05);
+ALTER TABLE gateway_charges SET (autovacuum_vacuum_insert_scale_factor = 0.05);
