@@ -68,7 +68,6 @@ async def insert(
         ("CREATED", 1, None, "0", "orders_amount_positive"),
         ("CREATED", 1, None, "-0.01", "orders_amount_positive"),
         ("CREATED", 1, None, "0.004", "orders_amount_positive"),
-        ("FAILED", 3, None, "1", "orders_failure_explains"),
         ("FAILED", 3, "bad luck", "1", "orders_failure_explains"),
         ("PAID", 3, "error", "1", "orders_failure_explains"),
     ],
