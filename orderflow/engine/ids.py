@@ -6,7 +6,12 @@ import os
 import time
 from uuid import UUID
 
+# asyncpg's own subclass of uuid.UUID, equal to it in every respect, is made and written as text ten times as fast.
+from asyncpg.pgproto.pgproto import UUID as FastUUID
+
 _POOL_BYTES = 4096
+_VERSION_7 = 0x7 << 76 | 0x2 << 62
+_CLEARED = ~(0xF << 76 | 0x3 << 62)
 
 
 class _Random:
@@ -31,8 +36,11 @@ _random = _Random()
 def new_id() -> UUID:
     """A fresh UUIDv7: 48 bits of Unix milliseconds, then 74 random bits."""
     milliseconds = time.time_ns() // 1_000_000
-    random = int.from_bytes(_random.take(10), "big")
-    value = (milliseconds & 0xFFFFFFFFFFFF) << 80
-    value |= 0x7 << 76 | (random >> 68 & 0xFFF) << 64
-    value |= 0x2 << 62 | random & 0x3FFFFFFFFFFFFFFF
-    return UUID(int=value)
+    value = (milliseconds & 0xFFFFFFFFFFFF) << 80 | int.from_bytes(_random.take(10), "big")
+    # The version and the variant take the place of six of the eighty random bits.
+    return FastUUID(((value & _CLEARED) | _VERSION_7).to_bytes(16, "big"))
+
+
+def parse_id(text: str) -> UUID:
+    """The UUID of a hexadecimal text, hyphens anywhere. Raises ValueError."""
+    return FastUUID(text)

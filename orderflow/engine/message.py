@@ -10,6 +10,8 @@ from uuid import UUID
 
 import orjson
 
+from orderflow.engine.ids import parse_id
+
 Headers = Sequence[tuple[str, bytes]]
 MAX_ATTEMPT = 2**31 - 1
 
@@ -112,8 +114,8 @@ def _uuid(document: dict[str, Any], name: str) -> UUID:
     value = document.get(name)
     try:
         if isinstance(value, str) and len(value) == 36:
-            found = UUID(value)
-            # UUID() also takes braces, underscores and other scripts' digits, and would make another id of them.
+            found = parse_id(value)
+            # Hyphens elsewhere would be another text for the same id.
             if str(found) == value.lower():
                 return found
     except ValueError:

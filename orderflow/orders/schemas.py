@@ -11,6 +11,7 @@ from uuid import UUID
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, WithJsonSchema
 from pydantic.alias_generators import to_camel
 
+from orderflow.engine.ids import parse_id
 from orderflow.orders.amounts import LARGEST, SMALLEST, parse_amount
 from orderflow.orders.body import printable
 from orderflow.orders.model import Failure, State
@@ -22,10 +23,10 @@ _UUID = re.compile(r"[0-9a-fA-F]{8}-[0-9a-fA-F]{4}-[0-9a-fA-F]{4}-[0-9a-fA-F]{4}
 
 
 def parse_uuid(value: Any) -> UUID:
-    """A UUID in its 36-character form; UUID() takes braces and misplaced hyphens as well. Raises ValueError."""
+    """A UUID in its 36-character form; parse_id takes misplaced hyphens as well. Raises ValueError."""
     if not isinstance(value, str) or _UUID.fullmatch(value) is None:
         raise ValueError("must be a UUID such as 3f0c8a52-6d1e-4b7f-9a43-0c5d2e8f7b61")
-    return UUID(value)
+    return parse_id(value)
 
 
 Id = Annotated[UUID, BeforeValidator(parse_uuid), WithJsonSchema({"type": "string", "format": "uuid"})]

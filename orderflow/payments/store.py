@@ -90,13 +90,16 @@ async def begin_if_created(database: Database, order_ids: Sequence[UUID]) -> lis
         state = State.PAYMENT_PENDING if row["state"] == State.CREATED else State(row["state"])
         version = 2 if row["state"] == State.CREATED else row["version"]
         begun[row["id"]] = Begun(row["id"], row["user_id"], row["amount"], state, version, moved)
+    moved_once: set[UUID] = set()
     results = []
     for order_id in order_ids:
         found = begun.get(order_id)
-        results.append(found)
         if found is not None and found.moved:
             # Two deliveries of one order in one group: one of them has moved it.
-            begun[order_id] = replace(found, moved=False)
+            if order_id in moved_once:
+                found = replace(found, moved=False)
+            moved_once.add(order_id)
+        results.append(found)
     return results
 
 
