@@ -218,7 +218,10 @@ class _Processes:
             if self._stopping.is_set():
                 return
             if how == MISCONFIGURED:
-                self._fail(f"{slot.name} cannot work with these settings")
+                # It has told people which setting, in the one line that they are to read.
+                self._code = FAILED
+                emit(PROCESS, "FAILED", error=f"{slot.name} cannot work with these settings")
+                self._stop("failure")
                 return
             failures = 1 if loop.time() - started > STEADY_SECONDS else failures + 1
             # An end with 0 is one that somebody asked for: not a crash, but started again all the same.
