@@ -39,8 +39,13 @@ class Process:
     async def start(cls, *arguments: str, environment: Mapping[str, str]) -> Self:
         """Start it with these arguments and settings, and nothing of what is set outside."""
         inherited = {name: value for name, value in os.environ.items() if not name.upper().startswith("ORDERFLOW_")}
+        return await cls.spawn(sys.executable, "-m", "orderflow", *arguments, environment={**inherited, **environment})
+
+    @classmethod
+    async def spawn(cls, *command: str, environment: Mapping[str, str], directory: Path = ROOT) -> Self:
+        """Start this command line with this environment and nothing else in it."""
         process = await asyncio.create_subprocess_exec(
-            sys.executable, "-m", "orderflow", *arguments, cwd=ROOT, env={**inherited, **environment}, limit=2**20,
+            *command, cwd=directory, env=environment, limit=2**20,
             stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE,
         )  # fmt: skip
         self = cls(process, Facts(), [], [], [])

@@ -7,37 +7,17 @@ import re
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 import yaml
 
 from orderflow.settings import ROLES, Settings
+from tests.deployment import COMPOSE, COMPOSE_FILE, DOCKERFILE, FINAL_STAGE, ROOT, SERVICES, final
 
-ROOT = Path(__file__).resolve().parent.parent
-COMPOSE_FILE = ROOT / "docker-compose.yml"
-COMPOSE: dict[str, Any] = yaml.safe_load(COMPOSE_FILE.read_text(encoding="utf-8"))
-SERVICES: dict[str, dict[str, Any]] = COMPOSE["services"]
 OURS = [name for name, service in SERVICES.items() if str(service.get("image", "")).startswith("orderflow")]
 GRACE = Settings.model_fields["grace_seconds"].default
 
 PINNED = re.compile(r"[a-z0-9./-]+:\d+\.\d+[\w.-]*(@sha256:[0-9a-f]{64})?")
-
-
-def instructions(text: str) -> list[tuple[str, str]]:
-    """A Dockerfile's instructions in order: (name, the rest, continuation lines joined)."""
-    joined = re.sub(r"\\\n\s*", "", re.sub(r"^\s*#.*\n", "", text, flags=re.MULTILINE))
-    rows = (line.partition(" ") for line in joined.splitlines() if line.strip())
-    return [(name.upper(), rest.strip()) for name, _, rest in rows]
-
-
-DOCKERFILE = instructions((ROOT / "Dockerfile").read_text(encoding="utf-8"))
-FINAL_STAGE = DOCKERFILE[max(i for i, (name, _) in enumerate(DOCKERFILE) if name == "FROM") :]
-
-
-def final(name: str) -> str:
-    """The last value of an instruction in the image's final stage."""
-    return [rest for instruction, rest in FINAL_STAGE if instruction == name][-1]
 
 
 def settings_by_environment_name() -> set[str]:

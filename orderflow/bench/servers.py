@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,7 +48,8 @@ class Target:
 class Servers:
     """PostgreSQL and a broker, as an async context manager. Those that are not named are started below `directory`.
 
-    The private PostgreSQL is durable: a commit that is waited for has been fsynced.
+    The private PostgreSQL is durable: a commit that is waited for has been fsynced. An Apache Kafka that is not in the cache
+    is fetched without a word: `fetch_kafka` comes first where people wait.
     """
 
     def __init__(
@@ -63,8 +64,6 @@ class Servers:
         self._stack = AsyncExitStack()
 
     async def __aenter__(self) -> Self:
-        if self.kafka is not None:
-            await refuse_without_kafka()
         async with AsyncExitStack() as stack:
             for server in (self.postgres, self.kafka, self.broker):
                 if server is not None:
@@ -156,11 +155,14 @@ class Servers:
             await bounded(admin.close(), 2.0)
 
 
-async def refuse_without_kafka() -> None:
-    """Fetch Apache Kafka if need be. Raises EmbeddedError that names the way out where it cannot be run."""
+async def fetch_kafka(tell: Callable[[float, str], None]) -> None:
+    """Fetch Apache Kafka unless it is in the cache; `tell` hears how much is there (0 to 1), and what.
+
+    Raises EmbeddedError that names the way out where it cannot be run.
+    """
     reason = available()
     if reason is not None:
         raise EmbeddedError(
             f"{reason}; or give --embedded-broker, a broker in memory that needs neither and carries no durability claim"
         )
-    await install()
+    await install(tell=tell)

@@ -57,11 +57,14 @@ def with_needed(names: Iterable[str]) -> list[str]:
 
 
 class Suite:
-    """Runs the benchmarks round by round, alternating, so that a slow minute of the machine meets all of them."""
+    """Runs the benchmarks round by round, alternating, so that a slow minute of the machine meets all of them.
+
+    `tell` hears, before each measurement, how much of the whole is done (0 to 1), and what comes now.
+    """
 
     def __init__(
         self, servers: Servers, directory: Path, names: Iterable[str], extent: Extent,
-        tell: Callable[[str], None] = lambda text: None,
+        tell: Callable[[float, str], None] = lambda done, text: None,
     ) -> None:  # fmt: skip
         self._servers = servers
         self._directory = directory
@@ -69,6 +72,8 @@ class Suite:
         self._extent = extent
         self._tell = tell
         self._round = 0
+        self._measured = 0
+        self._measurements = extent.rounds * sum(len(SPLITS) if name == "E1" else 1 for name in self._names)
         self.results = Results()
         b = self._b = Figure("B", "pgbench -c 8, one order's five transactions", "orders/s")
         self._e1 = {split: Figure(f"E1 {split}", "HTTP to PAID, gateway 0 ms", "orders/s", [], b) for split in SPLITS}
@@ -97,7 +102,8 @@ class Suite:
         return self.results
 
     def _say(self, what: str) -> None:
-        self._tell(f"round {self._round} of {self._extent.rounds}: {what}")
+        self._tell(self._measured / self._measurements, f"round {self._round} of {self._extent.rounds}: {what}")
+        self._measured += 1
 
     async def _run_b(self) -> None:
         self._say("B, pgbench")

@@ -76,7 +76,8 @@ def audit(
                     accepted=ids,
                     timeout=timeout,
                     checking=lambda invariant: tell(
-                        invariants.INVARIANTS.index(invariant) / len(invariants.INVARIANTS), f"{invariant.name}: {invariant.text}"
+                        invariants.INVARIANTS.index(invariant) / len(invariants.INVARIANTS),
+                        f"{invariant.name}: {invariant.text}",
                     ),
                 )
 

@@ -6,7 +6,6 @@ import asyncio
 import os
 import sys
 import tempfile
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
@@ -14,6 +13,7 @@ import click
 
 from orderflow.commands.output import fields, table
 from orderflow.commands.parameters import database_option, kafka_option
+from orderflow.commands.progress import progress
 
 if TYPE_CHECKING:
     from orderflow.bench.figures import Figure, Spread
@@ -87,19 +87,16 @@ async def _measure(
     names: tuple[str, ...], extent: Extent, database_url: str | None, bootstrap: str | None, embedded_broker: bool
 ) -> tuple[dict[str, Any], Results]:
     from orderflow.bench.about import about
-    from orderflow.bench.servers import Servers
+    from orderflow.bench.servers import Servers, fetch_kafka
     from orderflow.bench.suite import Suite
 
-    begun = time.monotonic()
-
-    def tell(text: str) -> None:
-        if sys.stderr.isatty():
-            click.echo(f"{time.monotonic() - begun:6.0f} s  {text}", err=True)
-
-    with tempfile.TemporaryDirectory(prefix="orderflow-bench-") as name:
+    if not (bootstrap or embedded_broker):
+        with progress("fetching Apache Kafka") as tell:
+            await fetch_kafka(tell)
+    with tempfile.TemporaryDirectory(prefix="orderflow-bench-") as name, progress("bench") as tell:
         directory = Path(name)
         os.chmod(directory, 0o711)  # as root, PostgreSQL runs as another user, who must get through
-        tell("starting the servers")
+        tell(0.0, "starting the servers")
         async with Servers(
             directory, database_url=database_url, bootstrap=bootstrap, embedded_broker=embedded_broker
         ) as servers:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import sys
 import time
+from contextlib import AsyncExitStack, ExitStack
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
@@ -15,6 +15,7 @@ import click
 from orderflow.commands.output import as_json as print_json
 from orderflow.commands.output import duration, table
 from orderflow.commands.parameters import as_json_option, database_option, kafka_option
+from orderflow.commands.progress import progress
 from orderflow.settings import load
 
 if TYPE_CHECKING:
@@ -73,12 +74,18 @@ async def play(database_url: str | None, kafka: str | None, *, quiet: bool) -> l
     settings = load(database_url=database_url, kafka_bootstrap_servers=kafka)
     results: list[Result] = []
     try:
-        async with prepared(settings, embedded=database_url is None) as stage:
-            for part in (*PARTS, AUDIT) if stage.private else PARTS:
-                _announce(f"{part.number} {part.title} ...")
+        async with AsyncExitStack() as stack:
+            bar = stack.enter_context(ExitStack())
+            tell = bar.enter_context(progress("demo"))
+            tell(0.0, "starting the servers")
+            stage = await stack.enter_async_context(prepared(settings, embedded=database_url is None))
+            parts = (*PARTS, AUDIT) if stage.private else PARTS
+            for part in parts:
+                tell(len(results) / len(parts), f"part {part.number}, {part.title}")
                 results.append(await _played(part, stage))
                 if not results[0].ok:
                     break
+            bar.close()
             if not quiet and results[0].ok:
                 await _show_tables(stage)
     except EmbeddedError as error:
@@ -105,8 +112,3 @@ async def _show_tables(stage: Stage) -> None:
         click.echo(f"{name}, the newest {len(rows)}:")
         table(list(rows[0].keys()) if rows else [], [list(row.values()) for row in rows], empty="  (empty)")
         click.echo()
-
-
-def _announce(what: str) -> None:
-    if sys.stderr.isatty():
-        click.echo(what, err=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from datetime import datetime
 from typing import Any
 from uuid import UUID
@@ -71,21 +72,26 @@ def replay(
                 return types, 0
             if len(found) > 1:
                 agreed(f"{len(found)} events will be published again. Go ahead?", yes=yes)
-            return types, await publish_again(connection, found)
+            with counting("replaying", len(found)) as advance:
+                return types, await publish_again(connection, found, advance)
 
     types, replayed = with_database(database_url, work, statement_seconds=LONG)
     _report(types, replayed, dry_run, as_json)
 
 
-async def publish_again(connection: Connection, event_ids: list[UUID]) -> int:
-    """Make these rows due, a chunk a transaction, and wake the relays after each; returns how many were moved."""
+async def publish_again(
+    connection: Connection, event_ids: list[UUID], advance: Callable[[int], None] = lambda events: None
+) -> int:
+    """Make these rows due, a chunk a transaction, and wake the relays after each; returns how many were moved.
+
+    `advance` hears of each chunk how many events it had.
+    """
     replayed = 0
-    with counting("replaying", len(event_ids)) as advance:
-        for start in range(0, len(event_ids), CHUNK):
-            chunk = event_ids[start : start + CHUNK]
-            replayed += await outbox.replay(connection, chunk)
-            await connection.execute("SELECT pg_notify($1, '')", outbox.CHANNEL)
-            advance(len(chunk))
+    for start in range(0, len(event_ids), CHUNK):
+        chunk = event_ids[start : start + CHUNK]
+        replayed += await outbox.replay(connection, chunk)
+        await connection.execute("SELECT pg_notify($1, '')", outbox.CHANNEL)
+        advance(len(chunk))
     return replayed
 
 

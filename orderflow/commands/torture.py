@@ -5,10 +5,8 @@ from __future__ import annotations
 import asyncio
 import secrets
 import shutil
-import sys
 import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,6 +17,7 @@ from orderflow.commands import audit as audit_command
 from orderflow.commands import explain as explain_command
 from orderflow.commands.output import as_json as print_json
 from orderflow.commands.output import escaped, table
+from orderflow.commands.progress import progress
 
 if TYPE_CHECKING:
     from orderflow.torture.driver import Extent, Report
@@ -57,8 +56,7 @@ def torture(
     directory.chmod(0o711)  # as root, PostgreSQL runs as another user, who must get through
     kept = True
     try:
-        with _status_line() as tell:
-            report = asyncio.run(_run(directory, chosen, extent, embedded_broker, tell))
+        report = asyncio.run(_run(directory, chosen, extent, embedded_broker))
         kept = keep or bool(report.problems)
     except KeyboardInterrupt:
         kept = keep
@@ -87,15 +85,19 @@ def _reason(error: BaseException) -> str:
     return str(error) if isinstance(error, EmbeddedError | ProgramFailed) else f"{type(error).__name__}: {error}"
 
 
-async def _run(directory: Path, seed: int, extent: Extent, embedded_broker: bool, tell: Callable[[str], None]) -> Report:
-    from orderflow.bench.servers import Servers
+async def _run(directory: Path, seed: int, extent: Extent, embedded_broker: bool) -> Report:
+    from orderflow.bench.servers import Servers, fetch_kafka
     from orderflow.torture.driver import Driver
     from orderflow.torture.plan import plan
 
-    tell("starting the servers")
-    async with Servers(directory, embedded_broker=embedded_broker) as servers:
-        faults = plan(seed, extent.seconds, broker_restarts=not embedded_broker)
-        return await Driver(servers, directory, seed, faults, extent, tell).run()
+    if not embedded_broker:
+        with progress("fetching Apache Kafka") as tell:
+            await fetch_kafka(tell)
+    with progress("torture") as tell:
+        tell(0.0, "starting the servers")
+        async with Servers(directory, embedded_broker=embedded_broker) as servers:
+            faults = plan(seed, extent.seconds, broker_restarts=not embedded_broker)
+            return await Driver(servers, directory, seed, faults, extent, tell).run()
 
 
 def _leaves(group: BaseExceptionGroup[BaseException]) -> Iterator[BaseException]:
@@ -104,19 +106,6 @@ def _leaves(group: BaseExceptionGroup[BaseException]) -> Iterator[BaseException]
             yield from _leaves(error)
         else:
             yield error
-
-
-@contextmanager
-def _status_line() -> Iterator[Callable[[str], None]]:
-    """One line on stderr that is written over, if that is a terminal."""
-    if not sys.stderr.isatty():
-        yield lambda text: None
-        return
-    from rich.console import Console
-    from rich.status import Status
-
-    with Status("", console=Console(stderr=True)) as status:
-        yield lambda text: status.update(escaped(text))
 
 
 def show(report: Report) -> None:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import re
 import shutil
 import subprocess
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,6 +23,9 @@ OLDEST_JAVA = 17
 JAVA_TIMEOUT = 20.0
 MAVEN_TIMEOUT = 600.0
 FORMAT_TIMEOUT = 60.0
+# What Maven fetches for this version, its own plugins included: for a progress bar, nothing depends on it.
+REPOSITORY_BYTES = 53_000_000
+TICK = 0.5
 FORMATTED = "formatted"
 CLASS_PATH = "libs"
 
@@ -127,10 +132,11 @@ def _maven() -> Path:
     return Path(found)
 
 
-async def install(cache_dir: Path | None = None) -> KafkaInstall:
+async def install(cache_dir: Path | None = None, tell: Callable[[float, str], None] = lambda done, text: None) -> KafkaInstall:
     """Fetch Apache Kafka into the cache unless it is there; safe from many processes and after interruption.
 
-    Maven checks every file's checksum. Raises EmbeddedError (no Java, no Maven, no network, ...).
+    `tell` hears, while Maven works, about how much there is (0 to 1), and what. Maven checks every file's checksum.
+    Raises EmbeddedError (no Java, no Maven, no network, ...).
     """
     require_posix()
     java = await asyncio.to_thread(_java)
@@ -145,11 +151,11 @@ async def install(cache_dir: Path | None = None) -> KafkaInstall:
         raise EmbeddedError(f"{done.parent} cannot be created: {error.strerror}: set XDG_CACHE_HOME") from None
     async with await InstanceLock.acquire(done.parent, MAVEN_TIMEOUT) as lock:
         if not _is_complete(done):
-            await _fetch(maven, java, done, lock)
+            await _fetch(maven, java, done, lock, tell)
     return ready
 
 
-async def _fetch(maven: Path, java: Path, done: Path, lock: InstanceLock) -> None:
+async def _fetch(maven: Path, java: Path, done: Path, lock: InstanceLock, tell: Callable[[float, str], None]) -> None:
     # Made under another name and renamed: what was interrupted half-way is never taken for an installation.
     # The repository outlives an interruption, so that the second attempt goes on instead of beginning anew.
     partial, repository, log = (done.parent / name for name in ("partial", "repository", "install.log"))
@@ -161,10 +167,32 @@ async def _fetch(maven: Path, java: Path, done: Path, lock: InstanceLock) -> Non
     # Below the cache and not in ~/.m2: Java takes the home from the user database, where it may not exist.
     command += [f"-Dmaven.repo.local={repository}", "dependency:copy-dependencies", "-DincludeScope=runtime"]
     command += [f"-DoutputDirectory={partial / CLASS_PATH}"]
-    await _run(command, "Maven", log, partial, lock, MAVEN_TIMEOUT)
+    watching = asyncio.create_task(_watch(repository, tell))
+    try:
+        await _run(command, "Maven", log, partial, lock, MAVEN_TIMEOUT)
+    finally:
+        watching.cancel()
+        await asyncio.gather(watching, return_exceptions=True)
     await _format(KafkaInstall(partial, java), log, lock)
     partial.rename(done)
     await asyncio.to_thread(shutil.rmtree, repository, ignore_errors=True)
+
+
+async def _watch(repository: Path, tell: Callable[[float, str], None]) -> None:
+    while True:
+        there = await asyncio.to_thread(_bytes_below, repository)
+        tell(min(1.0, there / REPOSITORY_BYTES), f"{there / 1e6:.1f} of about {REPOSITORY_BYTES / 1e6:.0f} MB")
+        await asyncio.sleep(TICK)
+
+
+def _bytes_below(directory: Path) -> int:
+    found = 0
+    for place, _, names in os.walk(directory):
+        for name in names:
+            # Maven renames each file when it is whole.
+            with contextlib.suppress(FileNotFoundError):
+                found += os.lstat(os.path.join(place, name)).st_size
+    return found
 
 
 async def _format(install: KafkaInstall, log: Path, lock: InstanceLock) -> None:

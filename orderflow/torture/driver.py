@@ -37,6 +37,9 @@ SETTINGS = {
     "ORDERFLOW_CRASH_BUDGET": "100000",
 }
 TICK = 0.5
+# Of the whole, for a progress bar: where the load ends, and where the audit begins.
+LOAD_SHARE = 0.8
+AUDIT_FROM = 0.95
 # Load goes on until the last fault is undone: at the most so much longer than was asked for, in seconds.
 LONGEST_RECOVERY = 300.0
 _ID = re.compile(r"[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}")
@@ -74,11 +77,14 @@ class Report:
 
 
 class Driver:
-    """Runs one plan against servers of its own. `tell` hears, twice a second, what is going on."""
+    """Runs one plan against servers of its own.
+
+    `tell` hears, twice a second, how much of the whole is done (0 to 1), and what is going on.
+    """
 
     def __init__(
         self, servers: Servers, directory: Path, seed: int, plan: list[Fault], extent: Extent,
-        tell: Callable[[str], None] = lambda text: None,
+        tell: Callable[[float, str], None] = lambda done, text: None,
     ) -> None:  # fmt: skip
         if servers.postgres is None:
             raise ValueError("the torture kills its PostgreSQL: it takes none that was given")
@@ -96,7 +102,7 @@ class Driver:
         await migrate(self._postgres.url)
         self._record.touch()
         program = Program(PROCESSES, self._settings(), self._directory)
-        self._tell("starting the program")
+        self._tell(0.0, "starting the program")
         await program.start()
         try:
             await self._under_load(program)
@@ -151,14 +157,19 @@ class Driver:
         while True:
             accepted = self._record.stat().st_size // 37
             doing = ", ".join(sorted(self._doing)) or "no fault"
-            self._tell(f"{time.monotonic() - began:5.1f} s of {self._extent.seconds:g}  {accepted:,} accepted  {doing}")
+            passed = time.monotonic() - began
+            # A server may come back later than the load was to last.
+            done = LOAD_SHARE * min(1.0, passed / self._extent.seconds)
+            self._tell(done, f"{passed:.1f} s of {self._extent.seconds:g}, {accepted:,} accepted, {doing}")
             await asyncio.sleep(TICK)
 
     async def _settle(self) -> None:
         began = time.monotonic()
 
         def tell(orders: int, events: int) -> None:
-            self._tell(f"settling, {time.monotonic() - began:.0f} s: {orders:,} orders in flight, {events:,} events unsettled")
+            passed = time.monotonic() - began
+            done = LOAD_SHARE + (AUDIT_FROM - LOAD_SHARE) * min(1.0, passed / self._extent.settle)
+            self._tell(done, f"settling, {passed:.0f} s: {orders:,} orders, {events:,} events to go")
 
         connection = await database.connected(self._postgres.url)
         try:
@@ -173,7 +184,7 @@ class Driver:
             await connection.close(timeout=5)
 
     async def _audit(self) -> None:
-        self._tell("auditing")
+        self._tell(AUDIT_FROM, "auditing")
         report = self.report
         connection = await database.connected(self._postgres.url)
         try:

@@ -26,11 +26,14 @@ from orderflow.commands.checks import postgres as postgres_checks
 from orderflow.commands.walkthrough import Missed
 from orderflow.commands.walkthrough.parts import Part
 from orderflow.commands.walkthrough.programs import Log
+from orderflow.embedded.kafka import ApacheKafka
 from orderflow.engine.kafka import Kafka
 from orderflow.explain import Unknown, story
 from orderflow.migrations import VERSION
 from orderflow.settings import load
+from tests.rows import settled, violations
 from tests.servers import Broker
+from tests.terminals import Terminal
 
 ROOT = Path(__file__).parents[2]
 Command = Callable[..., Awaitable[Result]]
@@ -608,6 +611,34 @@ async def test_the_demo_passes(tmp_path: Path) -> None:
     assert [(result["part"], result["seen"]) for result in results if not result["ok"]] == []
     assert [result["part"] for result in results] == list(range(1, 10))
     assert (program.returncode, errors) == (0, b"")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(240)
+async def test_the_demo_passes_on_servers_that_are_named(
+    connection: asyncpg.Connection, database_url: str, kafka: Broker, topic: str, tmp_path: Path
+) -> None:
+    # The session's own: CI runs this on Apache Kafka with each PostgreSQL that is supported.
+    environment = {
+        "ORDERFLOW_TOPIC": topic, "ORDERFLOW_CONSUMER_GROUP": topic, "PYTHONPATH": str(ROOT),
+        "ORDERFLOW_KAFKA_EMBEDDED": str(not isinstance(kafka, ApacheKafka)),
+    }  # fmt: skip
+    with Terminal() as terminal:
+        program = await asyncio.create_subprocess_exec(
+            sys.executable, "-m", "orderflow", "demo", "--json", "--database-url", database_url, "--kafka", kafka.bootstrap,
+            cwd=tmp_path, env={**os.environ, **environment}, stdout=subprocess.PIPE, stderr=terminal.descriptor,
+        )  # fmt: skip
+        out, _ = await asyncio.wait_for(program.communicate(), 200)
+    results = orjson.loads(out)
+    assert [(result["part"], result["seen"]) for result in results if not result["ok"]] == []
+    assert [result["part"] for result in results] == list(range(1, 9))
+    assert program.returncode == 0
+    shown = [line.partition("%  ")[2] for line in terminal.lines]
+    assert shown[0] == "starting the servers"
+    assert [line.split()[1] for line in shown[1:]] == [f"{number}," for number in range(1, 9)]
+    # The ninth part, which the demo plays on a database of its own only.
+    await settled(connection)
+    assert await violations(connection) == {}
 
 
 async def test_a_part_that_is_missed_says_what_was_seen() -> None:

@@ -200,6 +200,21 @@ async def test_it_is_fetched_once_by_however_many_at_once(maven: FakeMaven, tmp_
     ]  # fmt: skip
 
 
+async def test_a_download_tells_how_much_of_it_is_there(
+    maven: FakeMaven, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    repository = tmp_path / "cache" / f"kafka-{kafka_install.VERSION}" / "repository" / "org"
+    repository.mkdir(parents=True)
+    # As an interrupted download leaves it.
+    (repository / "kafka.jar").write_bytes(bytes(kafka_install.REPOSITORY_BYTES // 2))
+    told: list[tuple[float, str]] = []
+    await install(tmp_path / "cache", lambda done, text: told.append((done, text)))
+    assert told[0] == (0.5, "26.5 of about 53 MB")
+    known = len(told)
+    await install(tmp_path / "cache", lambda done, text: told.append((done, text)))
+    assert len(told) == known
+
+
 async def test_an_interrupted_installation_is_repaired(maven: FakeMaven, tmp_path: Path) -> None:
     cache = tmp_path / "cache"
     home = cache / f"kafka-{kafka_install.VERSION}"
