@@ -218,7 +218,7 @@ def _unavailable(error: Unavailable, key: str | None) -> Problem:
     advice = f"send the request again with the same {HEADER}" if key else "look for orderId before sending it again"
     return database_unavailable(
         f"The connection was lost while the order was being committed, so it may have been placed: {advice}.",
-        orderId=error.order_id,
+        orderId=str(error.order_id),
     )
 
 

@@ -14,8 +14,6 @@ from enum import StrEnum
 from hashlib import blake2b
 from uuid import UUID
 
-import asyncpg
-
 from orderflow.engine.batcher import Batcher
 from orderflow.engine.ids import new_id
 from orderflow.engine.postgres import Database
@@ -121,9 +119,13 @@ class SimulatedGateway:
             [self.would_succeed(request.reference) for request in requests],
         )
         entries = {r["key"]: _Entry(Mode(r["mode"]), r["fresh"], r["id"], r["status"], r["created_at"]) for r in rows}
-        if any(entry.id is None and entry.mode not in (Mode.ERROR, Mode.HANG) for entry in entries.values()):
-            # Lost the race for a key to a charge that this statement's snapshot does not show: the group is sent again.
-            raise asyncpg.SerializationError("a charge with this key was made meanwhile")
+        missed = [
+            request for request in requests
+            if (entry := entries[request.idempotency_key]).id is None and entry.mode not in (Mode.ERROR, Mode.HANG)
+        ]  # fmt: skip
+        if missed:
+            # Lost the race for a key to a charge that this statement's snapshot does not show: the next one's does.
+            entries.update(zip((request.idempotency_key for request in missed), await self._charge(missed), strict=True))
         return [entries[request.idempotency_key] for request in requests]
 
     async def _find(self, references: Sequence[UUID]) -> list[Charge | None]:
