@@ -18,6 +18,7 @@ import orjson
 import pytest
 from click.testing import CliRunner, Result
 
+from orderflow.audit import audit
 from orderflow.cli import cli
 from orderflow.commands import demo
 from orderflow.commands.checks import backlog
@@ -31,7 +32,6 @@ from orderflow.engine.kafka import Kafka
 from orderflow.explain import Unknown, story
 from orderflow.migrations import VERSION
 from orderflow.settings import load
-from tests.rows import settled, violations
 from tests.servers import Broker
 from tests.terminals import Terminal
 
@@ -636,9 +636,9 @@ async def test_the_demo_passes_on_servers_that_are_named(
     shown = [line.partition("%  ")[2] for line in terminal.lines]
     assert shown[0] == "starting the servers"
     assert [line.split()[1] for line in shown[1:]] == [f"{number}," for number in range(1, 9)]
-    # The ninth part, which the demo plays on a database of its own only.
-    await settled(connection)
-    assert await violations(connection) == {}
+    # The ninth part, which the demo plays on a database of its own only. Its program ended with it, perhaps before the last
+    # event was published: the next start does that, and until the horizon it is no violation.
+    assert [finding for finding in await audit(connection) if finding.violations] == []
 
 
 async def test_a_part_that_is_missed_says_what_was_seen() -> None:
