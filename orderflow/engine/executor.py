@@ -124,9 +124,10 @@ class Executor:
         if not known.is_fresh(message.attempt):
             await self._settle(delivery, Duplicate())
         elif handler is None:
-            # Neither decided nor recorded: what it tells of does not exist.
+            # Its outbox row may have been committed after the first look. If not, what it tells of does not exist.
             reason = f"Unknown {message.aggregate_type}: not in this database"
-            await self._settle(delivery, Dead(reason, Permanent(reason)))
+            recorded = await self._records.submit(message)
+            await self._settle(delivery, Done(recorded=True) if recorded else Dead(reason, Permanent(reason)))
         else:
             await self._settle(delivery, await self._handle(handler, delivery))
 
