@@ -11,7 +11,7 @@ from typing import Any
 
 from orderflow import logs, metrics, migrations
 from orderflow.engine import telemetry
-from orderflow.engine.executor import Handler
+from orderflow.engine.handling import Handler
 from orderflow.engine.janitor import Janitor
 from orderflow.engine.kafka import Kafka
 from orderflow.engine.postgres import Database
@@ -130,6 +130,7 @@ def worker_of(settings: Settings, kafka: Kafka, health: Health) -> Worker:
             ledger,
             delay=settings.gateway_delay_ms / 1000,
             success_rate=settings.gateway_success_rate,
+            error_rate=settings.gateway_error_rate,
             seed=settings.gateway_seed,
         )
         stack.push_async_callback(gateway.close)

@@ -54,16 +54,16 @@ class LineWriter:
         self._thread = Thread(target=self._run, name="log-writer", daemon=True)
         self._thread.start()
 
-    def write(self, line: bytes) -> None:
-        """Take one line, its newline included; never blocks, never raises."""
+    def write(self, lines: Sequence[bytes]) -> None:
+        """Take some lines, each with its newline; never blocks, never raises."""
         with self._lock:
             if self._waiting > self._limit:
-                self._dropped += 1
+                self._dropped += len(lines)
                 return
             if self._closed:
                 return
-            self._lines.append(line)
-            self._waiting += len(line)
+            self._lines.extend(lines)
+            self._waiting += sum(map(len, lines))
             if self._awake:
                 return
             self._awake = True

@@ -18,7 +18,7 @@ import orjson
 
 from orderflow.console_log import ConsoleFormat
 from orderflow.engine import telemetry
-from orderflow.engine.telemetry import PROCESS, emit
+from orderflow.engine.telemetry import PROCESS, Facts, emit
 from orderflow.log_writer import LIMIT_BYTES, LineWriter
 from orderflow.settings import Settings
 
@@ -83,14 +83,15 @@ class LogWriter:
         self._write = lines.write
         self._masks = masks or {}
 
-    def take(self, service: str, event: str, fields: dict[str, Any]) -> None:
-        """Write one fact, unless it is for the metrics only; never blocks, never raises."""
+    def take(self, service: str, event: str, facts: Facts) -> None:
+        """Write these facts, unless they are for the metrics only; never blocks, never raises."""
         if event in METRIC_ONLY:
             return
-        if service == PROCESS or "error" in fields:
+        if service == PROCESS or "error" in facts[0]:
             # The text of an error that nobody foresaw may quote an address with its password.
-            fields = {name: self._masked(value) for name, value in fields.items()}
-        self._write(self._format(service, event, fields))
+            facts = [{name: self._masked(value) for name, value in fields.items()} for fields in facts]
+        line = self._format
+        self._write([line(service, event, fields) for fields in facts])
 
     def _masked(self, value: Any) -> Any:
         if isinstance(value, BaseException):

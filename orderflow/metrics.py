@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Final
 from orderflow import __version__
 from orderflow.engine import telemetry
 from orderflow.engine.patience import within
-from orderflow.engine.telemetry import WORKER, emit
+from orderflow.engine.telemetry import WORKER, Facts, emit
 
 if TYPE_CHECKING:
     from prometheus_client import Counter, Histogram
@@ -33,7 +33,7 @@ METHODS: Final = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OP
 # So much later than its own process does a sibling show a count; a process that is killed takes as much with it.
 FLUSH_SECONDS: Final = 1.0
 
-Count = Callable[[dict[str, Any]], None]
+Count = Callable[[Facts], None]
 
 
 class Metrics:
@@ -73,9 +73,9 @@ class Metrics:
             "DLQ_EVENT": self._each(counter("orderflow_dead_letters_total", "Events buried as dead letters.")),
             "ROLE_CRASHED": self._by_label(crashes, "role"),
             # From the log writer's thread, so straight to the library, which has a lock.
-            "LOG_LINES_DROPPED": lambda fields: dropped.inc(fields["lines"]),
+            "LOG_LINES_DROPPED": lambda facts: dropped.inc(facts[0]["lines"]),
             # The supervisor's last word: it may end the process before anything else is called.
-            "STOPPED": lambda fields: self.flush(),
+            "STOPPED": lambda facts: self.flush(),
         }
         stages = Histogram(
             "orderflow_stage_seconds", "Time that a stage of an order's way took.", ("stage",),
@@ -92,11 +92,11 @@ class Metrics:
         GCCollector(registry=registry)
         build.labels(__version__, platform.python_version()).set(1)
 
-    def take(self, _service: str, event: str, fields: dict[str, Any]) -> None:
-        """Count one fact."""
+    def take(self, _service: str, event: str, facts: Facts) -> None:
+        """Count these facts."""
         count = self._counts.get(event)
         if count is not None:
-            count(fields)
+            count(facts)
 
     def observe(self, stage: str, seconds: float) -> None:
         """Note how long a stage took, in seconds; two machines' clocks may make it negative, which counts as 0."""
@@ -142,8 +142,8 @@ class Metrics:
     def _each(self, counter: Counter) -> Count:
         pending = self._pending
 
-        def count(_fields: dict[str, Any]) -> None:
-            pending[counter] += 1
+        def count(facts: Facts) -> None:
+            pending[counter] += len(facts)
 
         return count
 
@@ -152,15 +152,16 @@ class Metrics:
         pending = self._pending
         children: dict[Any, Counter] = {}
 
-        def count(fields: dict[str, Any]) -> None:
-            value = fields.get(field)
-            child = children.get(value)
-            if child is None:
-                label = str(value) if len(children) < MOST_LABELS else "other"
-                child = counter.labels(label)
-                if label != "other":
-                    children[value] = child
-            pending[child] += 1
+        def count(facts: Facts) -> None:
+            for fields in facts:
+                value = fields.get(field)
+                child = children.get(value)
+                if child is None:
+                    label = str(value) if len(children) < MOST_LABELS else "other"
+                    child = counter.labels(label)
+                    if label != "other":
+                        children[value] = child
+                pending[child] += 1
 
         return count
 
@@ -230,21 +231,23 @@ class Totals:
         self.dlq_events = 0
         self.said: dict[str, int] = {}
 
-    def take(self, _service: str, event: str, fields: dict[str, Any]) -> None:
-        """Count one fact; a telemetry subscriber."""
+    def take(self, _service: str, event: str, facts: Facts) -> None:
+        """Count these facts; a telemetry subscriber."""
         match event:
             case "EVENT_PROCESSED":
-                self.events_processed += 1
-            case "PAYMENT_RESULT" if fields.get("status") == "SUCCESS":
-                self.payments_success += 1
-            case "PAYMENT_RESULT" | "PAYMENT_GIVEN_UP":
-                self.payments_failed += 1
+                self.events_processed += len(facts)
+            case "PAYMENT_RESULT":
+                paid = sum(fields.get("status") == "SUCCESS" for fields in facts)
+                self.payments_success += paid
+                self.payments_failed += len(facts) - paid
+            case "PAYMENT_GIVEN_UP":
+                self.payments_failed += len(facts)
             case "DUPLICATE_EVENT":
-                self.duplicates_skipped += 1
+                self.duplicates_skipped += len(facts)
             case "RETRY_SCHEDULED":
-                self.retried_events += 1
+                self.retried_events += len(facts)
             case "DLQ_EVENT":
-                self.dlq_events += 1
+                self.dlq_events += len(facts)
 
     def fields(self) -> dict[str, int]:
         """The counts by the names of the METRICS line."""

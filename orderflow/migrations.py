@@ -13,7 +13,7 @@ import asyncpg
 from orderflow.engine.patience import Misconfigured
 from orderflow.engine.postgres import Connection, close_connection, connect
 
-VERSION = 2
+VERSION = 3
 MIGRATE_LOCK = 0x6F72_6465_7266_6C77
 OLDEST_SERVER = 150000
 

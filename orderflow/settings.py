@@ -115,6 +115,9 @@ class Settings(BaseSettings):
     gateway_success_rate: Annotated[float, Field(ge=0, le=1)] = Field(
         0.7, description="share of orders that the simulated gateway charges in mode random"
     )
+    gateway_error_rate: Annotated[float, Field(ge=0, le=1)] = Field(
+        0.0, description="share of orders whose first charge fails with an error at the simulated gateway"
+    )
     gateway_seed: int = Field(1, description="seed of the simulated gateway's outcomes")
     gateway_timeout_ms: Annotated[int, Field(ge=1)] = Field(
         5000, description="limit for one call of the gateway; past it the outcome is unknown"

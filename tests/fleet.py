@@ -60,7 +60,7 @@ class Process:
             except ValueError:
                 self.said.append(line.decode().rstrip())
                 continue
-            self.facts.take(document.pop("service"), document.pop("type"), document)
+            self.facts.take(document.pop("service"), document.pop("type"), (document,))
         self.facts.end()
 
     async def _read_errors(self) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager
 from datetime import UTC, datetime
 from typing import Any, NamedTuple
@@ -13,7 +13,8 @@ import asyncpg
 
 from orderflow.embedded.kafka import ApacheKafka
 from orderflow.engine import telemetry
-from orderflow.engine.executor import Executor, Handler
+from orderflow.engine.executor import Executor
+from orderflow.engine.handling import Handler
 from orderflow.engine.ids import new_id
 from orderflow.engine.kafka import Kafka
 from orderflow.engine.postgres import Database
@@ -47,9 +48,9 @@ class Facts:
         self.ended = False
         self._news = asyncio.Event()
 
-    def take(self, service: str, event: str, fields: Mapping[str, Any]) -> None:
+    def take(self, service: str, event: str, facts: Iterable[Mapping[str, Any]]) -> None:
         """A telemetry subscriber."""
-        self.seen.append(Fact(service, event, dict(fields)))
+        self.seen.extend(Fact(service, event, dict(fields)) for fields in facts)
         self._news.set()
 
     def end(self) -> None:
@@ -119,6 +120,29 @@ async def running(*services: Service, timeout: float = 20.0) -> AsyncIterator[as
     if crashes:
         raise crashes[0]
     assert not late, f"did not drain: {late}"
+
+
+Finished = Callable[[BaseException | None], None]
+
+
+def in_tasks(work: Callable[[Any], Awaitable[None]]) -> Callable[[Any, Finished], None]:
+    """A coroutine function as what the consumer starts: its end is told, unless it was cancelled."""
+    tasks: set[asyncio.Task[None]] = set()
+
+    def start(item: Any, finished: Finished) -> None:
+        def ended(task: asyncio.Task[None]) -> None:
+            tasks.discard(task)
+            if not task.cancelled():
+                finished(task.exception())
+
+        async def run() -> None:
+            await work(item)
+
+        task = asyncio.create_task(run())
+        tasks.add(task)
+        task.add_done_callback(ended)
+
+    return start
 
 
 def settings_for(url: str, broker: Broker, topic: str, **changes: Any) -> Settings:

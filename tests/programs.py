@@ -27,7 +27,7 @@ def tell(type, **fields):
     os.write(1, (json.dumps({"type": type, "pid": os.getpid(), **fields}, default=str) + "\\n").encode())
 
 def subscribe():
-    telemetry.subscribe(lambda service, event, fields: tell(event, **fields))
+    telemetry.subscribe(lambda service, event, facts: [tell(event, **fields) for fields in facts])
 """
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import uuid
 from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass
 from decimal import Decimal
 from typing import NamedTuple
 from uuid import UUID
@@ -15,10 +16,8 @@ import pytest_asyncio
 
 from orderflow.audit import audit
 from orderflow.embedded.postgres import EmbeddedPostgres
-from orderflow.engine.dead_letters import Place
-from orderflow.engine.executor import Record
 from orderflow.engine.ids import new_id
-from orderflow.engine.message import Message
+from orderflow.engine.message import Headers, Message
 from orderflow.orders import store as orders
 from tests.servers import cloned_database
 from tests.waiting import eventually
@@ -59,15 +58,27 @@ async def message_of(connection: asyncpg.Connection, event_id: UUID) -> Message:
     return Message(*fields, headers=orjson.loads(headers) if headers else {})
 
 
-async def record_of(connection: asyncpg.Connection, event_id: UUID, offset: int = 0) -> Record:
+@dataclass(frozen=True)
+class Fetched:
+    """A Kafka record as the executor takes it."""
+
+    topic: str
+    partition: int
+    offset: int
+    key: bytes | None
+    value: bytes | None
+    headers: Headers
+
+
+async def record_of(connection: asyncpg.Connection, event_id: UUID, offset: int = 0) -> Fetched:
     """The Kafka record that carries the event now."""
     return as_record(await message_of(connection, event_id), offset)
 
 
-def as_record(message: Message, offset: int = 0) -> Record:
+def as_record(message: Message, offset: int = 0) -> Fetched:
     """A message as a fetched record."""
     key, value, headers = message.encode()
-    return Record(Place("test", 0, offset), key, value, headers)
+    return Fetched("test", 0, offset, key, value, headers)
 
 
 async def insert_event(

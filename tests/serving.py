@@ -99,7 +99,7 @@ async def serving(url: str, **settings: Any) -> AsyncIterator[Served]:
         lambda: (b"up 1\n", "text/plain; version=0.0.4; charset=utf-8"),
         lambda: wakes.append(None),
     )
-    with telemetry.subscribed(lambda service, event, fields: facts.append((service, event, fields))):
+    with telemetry.subscribed(lambda service, event, told: facts.extend((service, event, fields) for fields in told)):
         running = asyncio.create_task(api.run(stopping))
         async with aiohttp.ClientSession(timeout=TIMEOUT, connector=aiohttp.TCPConnector(limit=0)) as session:
             served = Served(api, health, stopping, running, session, wakes, facts)

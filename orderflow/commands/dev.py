@@ -73,7 +73,7 @@ async def run_dev(settings: Settings) -> int:
             }
         )
 
-        def greet(service: str, event: str, fields: dict[str, Any]) -> None:
+        def greet(service: str, event: str, _facts: telemetry.Facts) -> None:
             if service == telemetry.API and event == "STARTUP":
                 _welcome(chosen, postgres, broker)
 

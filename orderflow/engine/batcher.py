@@ -27,6 +27,28 @@ class WrongCount(RuntimeError):
     """`flush` returned fewer or more results than it was given items: no result can be told from another."""
 
 
+class _Caller(Generic[R]):
+    """Who handed in an item and does not wait: called in place of a future, without a turn of the loop in between."""
+
+    __slots__ = ("_failed", "_then")
+
+    def __init__(self, then: Callable[[R], None], failed: Callable[[BaseException], None]) -> None:
+        self._then = then
+        self._failed = failed
+
+    def done(self) -> bool:
+        return False
+
+    def set_result(self, result: R) -> None:
+        self._then(result)
+
+    def set_exception(self, error: BaseException) -> None:
+        self._failed(error)
+
+    def cancel(self) -> None:
+        """Nobody waits."""
+
+
 class Batcher(Generic[T, R]):
     """Collects items and flushes them in groups of at most `size`, at most `in_flight` groups at a time.
 
@@ -44,7 +66,7 @@ class Batcher(Generic[T, R]):
         self._in_flight = in_flight
         self._limit = queue
         self._patience = patience or Patience()
-        self._queue: deque[tuple[T, asyncio.Future[R]]] = deque()
+        self._queue: deque[tuple[T, asyncio.Future[R] | _Caller[R]]] = deque()
         self._running: set[asyncio.Task[None]] = set()
         self._scheduled = False
 
@@ -61,21 +83,30 @@ class Batcher(Generic[T, R]):
 
         Raises Overloaded when the queue is full, and whatever `flush` raises for this item.
         """
+        future: asyncio.Future[R] = asyncio.get_running_loop().create_future()
+        self._append(item, future)
+        return await future
+
+    def hand_in(self, item: T, then: Callable[[R], None], failed: Callable[[BaseException], None]) -> None:
+        """Hand in one item and go on; `then` is called with its result, or `failed` with its error. Neither may raise.
+
+        Raises Overloaded when the queue is full.
+        """
+        self._append(item, _Caller(then, failed))
+
+    def _append(self, item: T, caller: asyncio.Future[R] | _Caller[R]) -> None:
         if len(self._queue) >= self._limit:
             raise Overloaded(f"{self._limit} items are waiting already")
-        loop = asyncio.get_running_loop()
-        future: asyncio.Future[R] = loop.create_future()
-        self._queue.append((item, future))
+        self._queue.append((item, caller))
         if not self._scheduled and len(self._running) < self._in_flight:
             # One turn of the loop later: requests that were read in the same turn share the first statement.
             self._scheduled = True
-            loop.call_soon(self._start)
-        return await future
+            asyncio.get_running_loop().call_soon(self._start)
 
     def _start(self) -> None:
         self._scheduled = False
         while self._queue and len(self._running) < self._in_flight:
-            group: list[tuple[T, asyncio.Future[R]]] = []
+            group: list[tuple[T, asyncio.Future[R] | _Caller[R]]] = []
             while self._queue and len(group) < self._size:
                 item, future = self._queue.popleft()
                 # A caller that gave up while it queued has written nothing, and its item never will be.
@@ -86,7 +117,7 @@ class Batcher(Generic[T, R]):
                 self._running.add(task)
                 task.add_done_callback(partial(self._finished, group))
 
-    def _finished(self, group: list[tuple[T, asyncio.Future[R]]], task: asyncio.Task[None]) -> None:
+    def _finished(self, group: list[tuple[T, asyncio.Future[R] | _Caller[R]]], task: asyncio.Task[None]) -> None:
         self._running.discard(task)
         # A flush that was cancelled, perhaps before its first step or between two halves, has left callers waiting.
         for _, future in group:
@@ -94,7 +125,7 @@ class Batcher(Generic[T, R]):
         if self._queue:
             self._start()
 
-    async def _settle(self, group: list[tuple[T, asyncio.Future[R]]]) -> None:
+    async def _settle(self, group: list[tuple[T, asyncio.Future[R] | _Caller[R]]]) -> None:
         try:
             results = await self._patience.run(lambda: self._flush([item for item, _ in group]))
             if len(results) != len(group):

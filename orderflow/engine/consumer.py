@@ -7,15 +7,13 @@ delivered again to its next owner, and processed_events decides between the two.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Coroutine, Iterable
+from collections.abc import Callable, Coroutine, Hashable, Iterable
 from typing import Any, TypeVar
 
 from aiokafka import AIOKafkaConsumer, ConsumerRebalanceListener, TopicPartition
 from aiokafka.errors import CommitFailedError, IllegalStateError, KafkaError
 from aiokafka.structs import ConsumerRecord
 
-from orderflow.engine.dead_letters import Place
-from orderflow.engine.executor import Record
 from orderflow.engine.kafka import Kafka, bounded, uncancelled
 from orderflow.engine.patience import within
 from orderflow.engine.scheduler import KeyScheduler
@@ -24,29 +22,31 @@ from orderflow.engine.watermark import Watermark
 
 R = TypeVar("R")
 Item = tuple[TopicPartition, Watermark, ConsumerRecord]
+# Begins a record's way, and is told its end: None, or the error that leaves it unsettled.
+Start = Callable[[ConsumerRecord, Callable[[BaseException | None], None]], None]
 
 
 class Consumer(ConsumerRebalanceListener):  # type: ignore[misc]
-    """Feeds records of the topic to `execute`, in order within a key and concurrently across keys.
+    """Feeds records of the topic to `start`, in order within a key and concurrently across keys.
 
     At most `max_in_flight` deliveries are held, shared out among the partitions, so that a slow key fills its own
     partition's share and no other's. Times in seconds.
     """
 
     def __init__(
-        self, kafka: Kafka, execute: Callable[[Record], Awaitable[None]], *, client_id: str, max_in_flight: int = 5000,
+        self, kafka: Kafka, start: Start, *, client_id: str, max_in_flight: int = 5000,
         commit_interval: float = 0.5, drain_timeout: float = 8.0, rebalance_timeout: float = 3.0,
         started: Callable[[], None] = lambda: None,
     ) -> None:  # fmt: skip
         self._kafka = kafka
-        self._execute = execute
+        self._start = start
         self._client_id = client_id
         self._max_in_flight = max_in_flight
         self._commit_interval = commit_interval
         self._drain_timeout = drain_timeout
         self._rebalance_timeout = rebalance_timeout
         self._started = started
-        self._scheduler: KeyScheduler[Item] = KeyScheduler(self._run_item, self._fail)
+        self._scheduler: KeyScheduler[Item] = KeyScheduler(self._start_item)
         self._watermarks: dict[TopicPartition, Watermark] = {}
         self._committed: dict[TopicPartition, int] = {}
         self._paused: set[TopicPartition] = set()
@@ -59,7 +59,7 @@ class Consumer(ConsumerRebalanceListener):  # type: ignore[misc]
     async def run(self, stopping: asyncio.Event) -> None:
         """Consume until `stopping` is set, then drain.
 
-        Raises DependencyUnavailable when Kafka is lost, and whatever `execute` raises.
+        Raises DependencyUnavailable when Kafka is lost, and the error of a record that could not be settled.
         """
         interrupt = asyncio.create_task(_first(stopping, self._failed))
         try:
@@ -93,7 +93,7 @@ class Consumer(ConsumerRebalanceListener):  # type: ignore[misc]
         finally:
             committer.cancel()
             await asyncio.gather(committer, return_exceptions=True)
-            await self._scheduler.cancel()
+            self._scheduler.forget_all()
             await bounded(self._commit(consumer), 2.0)
             await bounded(consumer.stop(), 3.0)
 
@@ -107,18 +107,22 @@ class Consumer(ConsumerRebalanceListener):  # type: ignore[misc]
                 self._scheduler.submit(record.key or partition, (partition, watermark, record))
         self._pause_or_resume(consumer, partition, watermark)
 
-    async def _run_item(self, item: Item) -> None:
+    def _start_item(self, key: Hashable, item: Item) -> None:
         partition, watermark, record = item
-        place = Place(record.topic, record.partition, record.offset)
-        await self._execute(Record(place, record.key, record.value, record.headers))
-        watermark.finish(record.offset)
-        # Not for a watermark of before a rebalance: the partition may be another's now.
-        if partition in self._paused and self._consumer is not None and self._watermarks.get(partition) is watermark:
-            self._pause_or_resume(self._consumer, partition, watermark)
 
-    def _fail(self, error: BaseException) -> None:
-        self._failure = self._failure or error
-        self._failed.set()
+        def finished(error: BaseException | None) -> None:
+            if error is not None:
+                # Its key stays at work: what is behind it must not overtake it.
+                self._failure = self._failure or error
+                self._failed.set()
+                return
+            watermark.finish(record.offset)
+            # Not for a watermark of before a rebalance: the partition may be another's now.
+            if partition in self._paused and self._consumer is not None and self._watermarks.get(partition) is watermark:
+                self._pause_or_resume(self._consumer, partition, watermark)
+            self._scheduler.finished(key)
+
+        self._start(record, finished)
 
     def _pause_or_resume(self, consumer: AIOKafkaConsumer, partition: TopicPartition, watermark: Watermark) -> None:
         # Held, not in flight: offsets finished behind a slow head are kept in memory, and must be bounded as well.

@@ -38,7 +38,7 @@ RETURNING event_id
 """
 
 _UNBURY = """
-UPDATE outbox SET published_at = NULL, available_at = NULL, attempt = attempt + 1, first_attempt = attempt + 1
+UPDATE outbox SET published_at = NULL, available_at = now(), attempt = attempt + 1, first_attempt = attempt + 1
 WHERE event_id = $1
 RETURNING event_type, aggregate_id
 """

@@ -1,81 +1,39 @@
-"""One delivery as a pipeline of named steps: decode -> dedupe -> handle -> settle."""
+"""One delivery as a pipeline of named steps: decode -> begin (or only look) -> handle -> settle."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+import asyncio
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from datetime import UTC, datetime
 from random import Random
-from typing import Protocol
+from typing import Any
 from uuid import UUID, uuid5
 
 from orderflow.engine import dead_letters, outbox, processed
 from orderflow.engine.batcher import Batcher
 from orderflow.engine.dead_letters import Place
-from orderflow.engine.message import Headers, Message, Undecodable
+from orderflow.engine.handling import Beginner, Delivery, Handler, Record, SettledMeanwhile
+from orderflow.engine.message import Message, Undecodable
 from orderflow.engine.outcome import Dead, Done, Duplicate, Outcome, Retry
 from orderflow.engine.patience import ENDLESS
-from orderflow.engine.postgres import Connection, Database
+from orderflow.engine.postgres import Database
 from orderflow.engine.processed import Known
 from orderflow.engine.retry import Permanent, RetryPolicy
-from orderflow.engine.telemetry import WORKER, emit, observe
+from orderflow.engine.telemetry import WORKER, emit, emit_each, observe
 
 # Name space of the ids that undecodable records get: derived from the record's place, so that a redelivery is no second letter.
 UNDECODABLE = UUID("6f726465-7266-4c6f-a77d-6465616400ff")
 
 
-@dataclass(frozen=True, slots=True)
-class Record:
-    """A Kafka record as it was fetched."""
-
-    place: Place
-    key: bytes | None
-    value: bytes | None
-    headers: Headers
-
-
-@dataclass(frozen=True, slots=True)
-class Delivery:
-    """One event on its way through a worker. `failures`: failed attempts before this one, since the last redrive."""
-
-    message: Message
-    place: Place
-    worker_id: str
-    failures: int
-
-
-class SettledMeanwhile(Exception):
-    """The event that was about to be buried has been settled by another delivery."""
-
-
-class Burial(Protocol):
-    """What the burial of one type of event means for the domain."""
-
-    async def on_buried(self, connection: Connection, message: Message, reason: str) -> Callable[[], None]:
-        """Write it in the burial's own transaction; returns what to tell after the commit.
-
-        Raises SettledMeanwhile to undo the burial: another delivery has finished the work.
-        """
-        ...
-
-
-class Handler(Burial, Protocol):
-    """What a worker does with one type of event."""
-
-    async def handle(self, delivery: Delivery) -> Outcome:
-        """Do the work. Raising Permanent buries the event, any other error is retried by the policy."""
-        ...
-
-    async def before_giving_up(self, delivery: Delivery) -> Outcome | None:
-        """Called before an event is buried for an error: an outcome if the work turns out to be done after all.
-
-        Raises OutcomeUnknown when that cannot be told: then the event is not buried.
-        """
-        ...
+# Told the end of a delivery: None when it is settled, whatever came of it, or the error that leaves it unsettled.
+Finished = Callable[[BaseException | None], None]
 
 
 class Executor:
-    """Runs deliveries; one instance a worker. Database outages are waited out: nothing that was begun is lost by them."""
+    """Runs deliveries; one instance a worker. Database outages are waited out: nothing that was begun is lost by them.
+
+    Up to the handler, a delivery has no task of its own: it moves from group to group.
+    """
 
     def __init__(
         self, database: Database, handlers: Mapping[str, Handler], policy: RetryPolicy, *,
@@ -89,47 +47,113 @@ class Executor:
         self._worker_id = worker_id
         self._random = random or Random()
         options = {"size": batch, "in_flight": in_flight, "patience": ENDLESS}
-        self._lookups = Batcher[UUID, Known | None](lambda ids: processed.look_up(database, ids), **options)  # type: ignore[arg-type]
-        record = processed.record_statement(subjects or {})
-        self._records = Batcher[Message, bool](lambda ms: processed.record(database, record, ms, worker_id), **options)  # type: ignore[arg-type]
+        self._record = processed.record_statement(subjects or {})
+        self._records = Batcher[Message, bool](self._record_group, **options)  # type: ignore[arg-type]
         self._retries = Batcher[outbox.Republish, bool](lambda rs: outbox.republish_if_attempt(database, rs), **options)  # type: ignore[arg-type]
+        self._begins = {
+            kind: Batcher[Message, Known | None](
+                handler.begin if isinstance(handler, Beginner) else lambda messages: processed.look_up(database, messages),
+                **options,  # type: ignore[arg-type]
+            )
+            for kind, handler in handlers.items()
+        }
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._received: list[Message] = []
 
     async def execute(self, record: Record) -> None:
         """Take one record through all steps; returns when it is settled, whatever came of it."""
+        settled: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+        def finished(error: BaseException | None) -> None:
+            if not settled.done():
+                settled.set_result(None) if error is None else settled.set_exception(error)
+
+        self.start(record, finished)
+        await settled
+
+    def start(self, record: Record, finished: Finished) -> None:
+        """Begin to take one record through all steps; `finished` is told its end, never before this returns."""
         try:
             message = Message.decode(record.value, record.headers)
         except Undecodable as error:
-            await self._bury_undecodable(record, error)
+            self._run(self._bury_undecodable(record, error), finished)
             return
-        emit(WORKER, "EVENT_RECEIVED", eventId=message.id, eventType=message.type)
-        if message.attempt == 1:
-            observe("received", (datetime.now(UTC) - message.created_at.astimezone(UTC)).total_seconds())
+        if not self._received:
+            asyncio.get_running_loop().call_soon(self._tell_received)
+        self._received.append(message)
         handler = self._handlers.get(message.type)
-        # What nobody handles is only recorded, and usually new: the record alone tells, without a look before it.
-        if handler is None and await self._records.submit(message):
-            emit(WORKER, "EVENT_PROCESSED", eventId=message.id, eventType=message.type)
+        if handler is None:
+            # What nobody handles is only recorded, and usually new: the record alone tells, without a look before it.
+            def recorded(new: bool) -> None:
+                finished(None) if new else self._run(self._judge_unrecorded(record, message), finished)
+
+            self._records.hand_in(message, recorded, finished)
+        else:
+            chosen = handler
+
+            def begun(known: Known | None) -> None:
+                self._run(self._work(chosen, record, message, known), finished)
+
+            self._begins[message.type].hand_in(message, begun, finished)
+
+    def _run(self, steps: Coroutine[Any, Any, None], finished: Finished) -> None:
+        def ended(task: asyncio.Task[None]) -> None:
+            self._tasks.discard(task)
+            if not task.cancelled():
+                finished(task.exception())
+
+        task = asyncio.create_task(steps)
+        self._tasks.add(task)
+        task.add_done_callback(ended)
+
+    def _tell_received(self) -> None:
+        received, self._received = self._received, []
+        emit_each(WORKER, "EVENT_RECEIVED", [{"eventId": m.id, "eventType": m.type} for m in received])
+        now = datetime.now(UTC)
+        for message in received:
+            if message.attempt == 1:
+                observe("received", (now - message.created_at).total_seconds())
+
+    async def _record_group(self, messages: Sequence[Message]) -> list[bool]:
+        results = await processed.record(self._database, self._record, messages, self._worker_id)
+        emit_each(
+            WORKER, "EVENT_PROCESSED",
+            [{"eventId": m.id, "eventType": m.type} for m, new in zip(messages, results, strict=True) if new],
+        )  # fmt: skip
+        return results
+
+    async def _judge_unrecorded(self, record: Record, message: Message) -> None:
+        known = (await ENDLESS.run(lambda: processed.look_up(self._database, [message])))[0]
+        delivery = await self._of_ours(record, message, known)
+        if delivery is None:
             return
-        known = await self._lookups.submit(message.id)
+        if not delivery.known.is_fresh(message.attempt):
+            await self._settle(delivery, Duplicate())
+            return
+        # Its outbox row may have been committed after the first look. If not, what it tells of does not exist.
+        reason = f"Unknown {message.aggregate_type}: not in this database"
+        if not await self._records.submit(message):
+            await self._settle(delivery, Dead(reason, Permanent(reason)))
+
+    async def _work(self, handler: Handler, record: Record, message: Message, known: Known | None) -> None:
+        delivery = await self._of_ours(record, message, known)
+        if delivery is None:
+            return
+        fresh = delivery.known.is_fresh(message.attempt)
+        await self._settle(delivery, await self._handle(handler, delivery) if fresh else Duplicate())
+
+    async def _of_ours(self, record: Record, message: Message, known: Known | None) -> Delivery | None:
+        """The delivery, or None for a record that is not what its outbox row tells of: that one is buried."""
         if known is None:
-            reason = "Unknown event: no outbox row in this database"
-            await self._bury_foreign(record, message.id, reason, None, message)
-            return
-        if (known.event_type, known.aggregate_id) != (message.type, message.aggregate_id):
+            await self._bury_foreign(record, message.id, "Unknown event: no outbox row in this database", None, message)
+        elif known.event_type != message.type or known.aggregate_id != message.aggregate_id:
             # Under an id of its own: buried under the event's, the forgery would take the true event with it.
             other = "aggregate" if known.aggregate_id != message.aggregate_id else "type"
             reason = f"Foreign event: its outbox row tells of another {other}"
-            await self._bury_foreign(record, uuid5(UNDECODABLE, repr(record.place)), reason, None, message)
-            return
-        delivery = Delivery(message, record.place, self._worker_id, max(0, known.attempt - known.first_attempt))
-        if not known.is_fresh(message.attempt):
-            await self._settle(delivery, Duplicate())
-        elif handler is None:
-            # Its outbox row may have been committed after the first look. If not, what it tells of does not exist.
-            reason = f"Unknown {message.aggregate_type}: not in this database"
-            recorded = await self._records.submit(message)
-            await self._settle(delivery, Done(recorded=True) if recorded else Dead(reason, Permanent(reason)))
+            await self._bury_foreign(record, _id_by_place(record), reason, None, message)
         else:
-            await self._settle(delivery, await self._handle(handler, delivery))
+            return Delivery(message, record, known)
+        return None
 
     async def _handle(self, handler: Handler, delivery: Delivery) -> Outcome:
         try:
@@ -159,9 +183,9 @@ class Executor:
         message = delivery.message
         match outcome:
             case Done(recorded=recorded):
-                if recorded or await self._records.submit(message):
+                if recorded:
                     emit(WORKER, "EVENT_PROCESSED", eventId=message.id, eventType=message.type)
-                else:
+                elif not await self._records.submit(message):
                     self._tell_duplicate(message)
             case Duplicate():
                 self._tell_duplicate(message)
@@ -182,7 +206,7 @@ class Executor:
         try:
             async with self._database.transaction() as connection:
                 buried = await dead_letters.bury_if_attempt(
-                    connection, delivery.message, reason=reason, error=error, place=delivery.place,
+                    connection, delivery.message, reason=reason, error=error, place=place_of(delivery.record),
                     worker_id=self._worker_id, failure=outbox.Failure.of(delivery.message.attempt, error) if error else None,
                 )  # fmt: skip
                 tell = await handler.on_buried(connection, delivery.message, reason) if buried and handler else None
@@ -199,9 +223,10 @@ class Executor:
         reason = f"Undecodable: {error}"
         own = await ENDLESS.run(lambda: self._own(record))
         if own is None:
-            await self._bury_foreign(record, uuid5(UNDECODABLE, repr(record.place)), reason, error, None)
+            await self._bury_foreign(record, _id_by_place(record), reason, error, None)
         else:
-            await ENDLESS.run(lambda: self._bury(Delivery(own, record.place, self._worker_id, 0), reason, error))
+            known = Known(own.type, own.aggregate_id, own.attempt, own.attempt, processed=False, buried=False)
+            await ENDLESS.run(lambda: self._bury(Delivery(own, record, known), reason, error))
 
     async def _own(self, record: Record) -> Message | None:
         """The outbox row that the record was published from, byte for byte: PostgreSQL keeps JSON that no worker can read.
@@ -223,7 +248,7 @@ class Executor:
         async def bury() -> bool:
             async with self._database.transaction() as connection:
                 return await dead_letters.bury_foreign(
-                    connection, event_id, reason=reason, error=error, place=record.place, raw=record.value,
+                    connection, event_id, reason=reason, error=error, place=place_of(record), raw=record.value,
                     headers=headers, worker_id=self._worker_id, message=message,
                 )  # fmt: skip
 
@@ -233,6 +258,21 @@ class Executor:
             self._tell_duplicate(message)
 
     async def close(self) -> None:
-        """End the statements under way."""
-        for batcher in (self._lookups, self._records, self._retries):
-            await batcher.close()
+        """End what is at work, and the statements under way."""
+        tasks = tuple(self._tasks)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        for begins in self._begins.values():
+            await begins.close()
+        await self._records.close()
+        await self._retries.close()
+
+
+def place_of(record: Record) -> Place:
+    """Where in Kafka a record stands."""
+    return Place(record.topic, record.partition, record.offset)
+
+
+def _id_by_place(record: Record) -> UUID:
+    return uuid5(UNDECODABLE, repr(place_of(record)))

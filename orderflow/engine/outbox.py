@@ -6,13 +6,13 @@ and the guard of each stands in its name and in its WHERE.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Any
 from uuid import UUID
 
-import asyncpg
 import orjson
 
 from orderflow.engine.message import OUR_HEADERS, Message
@@ -22,18 +22,19 @@ SHARDS = 32
 CHANNEL = "orderflow_outbox"
 
 # LATERAL with a limit a shard: an index probe for each, whose cost does not depend on what other relays' shards hold,
-# and a shard with a million rows does not keep the others waiting.
+# and a shard with a million rows does not keep the others waiting. Scheduled rows stand anywhere in their shard's order, and so
+# say nothing of how far it has been read: they come without a shard.
 _FETCH_DUE = """
-SELECT r.event_id, r.event_type, r.aggregate_type, r.aggregate_id, r.payload, r.created_at, r.attempt, r.headers, r.seq
-FROM unnest($1::smallint[]) AS s(shard) CROSS JOIN LATERAL (
+SELECT r.event_id, r.event_type, r.aggregate_type, r.aggregate_id, r.payload, r.created_at, r.attempt, r.headers, r.seq, r.shard
+FROM unnest($1::smallint[], $2::bigint[]) AS s(shard, after) CROSS JOIN LATERAL (
     SELECT o.* FROM outbox o
-    WHERE o.shard = s.shard AND o.published_at IS NULL AND o.available_at IS NULL
-    ORDER BY o.seq LIMIT $2) AS r
+    WHERE o.shard = s.shard AND o.seq > s.after AND o.published_at IS NULL AND o.available_at IS NULL
+    ORDER BY o.seq LIMIT $3) AS r
 UNION ALL
-(SELECT event_id, event_type, aggregate_type, aggregate_id, payload, created_at, attempt, headers, seq
+(SELECT event_id, event_type, aggregate_type, aggregate_id, payload, created_at, attempt, headers, seq, NULL
  FROM outbox
- WHERE published_at IS NULL AND available_at <= now() AND shard = ANY($1)
- ORDER BY available_at LIMIT $3)
+ WHERE available_at <= now() AND available_at < 'infinity' AND published_at IS NULL AND shard = ANY($1)
+ ORDER BY available_at, seq LIMIT $4)
 ORDER BY seq
 """
 
@@ -48,9 +49,8 @@ SELECT event_id, event_type, aggregate_type, aggregate_id, payload, created_at, 
 # The attempt guard: a consumer that was faster than this statement may have failed the event and made it due again, as the
 # next attempt; marking that one published would lose the retry.
 _MARK_PUBLISHED = """
-UPDATE outbox o SET published_at = now(), available_at = NULL
-FROM unnest($1::uuid[], $2::integer[]) AS m(event_id, attempt)
-WHERE o.event_id = m.event_id AND o.attempt = m.attempt AND o.published_at IS NULL
+UPDATE outbox SET published_at = now(), available_at = NULL
+WHERE event_id = ANY($1::uuid[]) AND attempt = $2 AND published_at IS NULL
 """
 
 _WITHDRAW_IF_PROCESSED = """
@@ -72,18 +72,18 @@ SELECT event_id, pg_notify('orderflow_outbox', '') FROM moved
 
 _NEXT_DUE = """
 SELECT extract(epoch FROM min(available_at) - now())::float8 FROM outbox
-WHERE published_at IS NULL AND available_at < 'infinity' AND shard = ANY($1)
+WHERE available_at < 'infinity' AND published_at IS NULL AND shard = ANY($1)
 """
 
 _REPLAY = """
-UPDATE outbox SET published_at = NULL, available_at = NULL
+UPDATE outbox SET published_at = NULL, available_at = now()
 WHERE event_id = ANY($1::uuid[]) AND available_at IS DISTINCT FROM 'infinity'
 RETURNING event_id
 """
 
 # Published, and yet neither processed nor buried: Kafka or a worker has lost it.
 _REPUBLISH_UNSETTLED = """
-UPDATE outbox SET published_at = NULL, available_at = NULL
+UPDATE outbox SET published_at = NULL, available_at = now()
 WHERE event_id IN (
     SELECT o.event_id FROM outbox o
     WHERE o.created_at >= $1 AND o.published_at < now() - $2::interval
@@ -123,6 +123,17 @@ class Republish:
     failure: Failure
 
 
+@dataclass(frozen=True, slots=True)
+class Due:
+    """What a fetch found. `reached`: the largest number among what was never published, by shard; `full`: the shards that may
+    hold more beyond it.
+    """
+
+    messages: list[Message]
+    reached: dict[int, int]
+    full: set[int]
+
+
 async def append(connection: Connection, messages: Iterable[Message]) -> None:
     """Write events in the caller's transaction, along with the change they tell of."""
     rows = [
@@ -141,29 +152,33 @@ def _json(value: str | dict[str, Any]) -> str:
     return value if isinstance(value, str) else orjson.dumps(value).decode()
 
 
-async def fetch_due(connection: Connection, shards: Sequence[int], limit: int) -> list[Message]:
-    """At most about `limit` events of these shards that are due, in the order of their aggregates' transitions."""
+async def fetch_due(connection: Connection, shards: Sequence[int], limit: int, after: Sequence[int] | None = None) -> Due:
+    """At most about `limit` events of these shards that are due, in the order of their aggregates' transitions.
+
+    `after`: for each shard, the number after which to look for what was never published; from the beginning without it.
+    """
     a_shard = max(32, limit // max(1, len(shards)))
-    return [_message(row) for row in await connection.fetch(_FETCH_DUE, shards, a_shard, limit)]
+    rows = await connection.fetch(_FETCH_DUE, shards, after or [0] * len(shards), a_shard, limit)
+    messages, reached, counts = [], {}, dict.fromkeys(shards, 0)
+    for event_id, kind, aggregate_type, aggregate_id, payload, created_at, attempt, headers, seq, shard in rows:
+        messages.append(
+            Message(
+                event_id, kind, aggregate_type, aggregate_id, payload, created_at, attempt, _headers(headers) if headers else {}
+            )
+        )
+        if shard is not None:
+            reached[shard] = seq
+            counts[shard] += 1
+    return Due(messages, reached, {shard for shard, count in counts.items() if count >= a_shard})
 
 
 async def get(database: Database, event_id: UUID) -> Message | None:
     """One event as it would be published now, or None."""
     row = await database.fetchrow(_GET, event_id)
-    return _message(row) if row else None
-
-
-def _message(row: asyncpg.Record) -> Message:
-    return Message(
-        id=row["event_id"],
-        type=row["event_type"],
-        aggregate_type=row["aggregate_type"],
-        aggregate_id=row["aggregate_id"],
-        payload=row["payload"],
-        created_at=row["created_at"],
-        attempt=row["attempt"],
-        headers=_headers(row["headers"]),
-    )
+    if row is None:
+        return None
+    event_id, kind, aggregate_type, aggregate_id, payload, created_at, attempt, headers = row
+    return Message(event_id, kind, aggregate_type, aggregate_id, payload, created_at, attempt, _headers(headers))
 
 
 def _headers(text: str | None) -> dict[str, str]:
@@ -187,7 +202,11 @@ async def withdraw_if_processed(connection: Connection, message: Message) -> Non
 
 async def mark_published_if_attempt(connection: Connection, messages: Sequence[Message]) -> None:
     """Note Kafka's acknowledgement of these events, each only while it is still at the attempt that was sent."""
-    await connection.execute(_MARK_PUBLISHED, [m.id for m in messages], [m.attempt for m in messages])
+    by_attempt: defaultdict[int, list[UUID]] = defaultdict(list)
+    for message in messages:
+        by_attempt[message.attempt].append(message.id)
+    for attempt, event_ids in by_attempt.items():
+        await connection.execute(_MARK_PUBLISHED, event_ids, attempt)
 
 
 async def republish_if_attempt(database: Database, retries: Sequence[Republish]) -> list[bool]:

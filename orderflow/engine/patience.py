@@ -6,7 +6,7 @@ import asyncio
 import random
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 import asyncpg
@@ -57,6 +57,52 @@ async def within(awaitable: Awaitable[R], seconds: float | None) -> R:
     """
     async with asyncio.timeout(seconds):
         return await awaitable
+
+
+class TimeLimit:
+    """`within` for thousands of calls at a time that all have the same limit: one timer for all of them.
+
+    A call may take up to a twentieth longer than `seconds`.
+    """
+
+    def __init__(self, seconds: float) -> None:
+        self._seconds = seconds
+        # In the order of their begin, which is that of their end.
+        self._running: dict[asyncio.Task[Any], float] = {}
+        self._expired: set[asyncio.Task[Any]] = set()
+        self._timer: asyncio.TimerHandle | None = None
+
+    async def run(self, awaitable: Awaitable[R]) -> R:
+        """The result of the awaitable; TimeoutError when it takes too long. One call at a time for each task."""
+        task = asyncio.current_task()
+        assert task is not None
+        loop = task.get_loop()
+        self._running[task] = loop.time() + self._seconds
+        if self._timer is None:
+            self._timer = loop.call_later(self._seconds / 20, self._look, loop)
+        try:
+            return await awaitable
+        except asyncio.CancelledError:
+            # Ours, unless somebody else wants this task to end as well.
+            if task in self._expired and task.uncancel() == 0:
+                raise TimeoutError from None
+            raise
+        finally:
+            self._running.pop(task, None)
+            self._expired.discard(task)
+
+    def _look(self, loop: asyncio.AbstractEventLoop) -> None:
+        now = loop.time()
+        late = []
+        for task, end in self._running.items():
+            if end > now:
+                break
+            late.append(task)
+        for task in late:
+            del self._running[task]
+            self._expired.add(task)
+            task.cancel()
+        self._timer = loop.call_later(self._seconds / 20, self._look, loop) if self._running else None
 
 
 @dataclass(frozen=True, slots=True)

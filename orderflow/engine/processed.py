@@ -9,11 +9,12 @@ from uuid import UUID
 from orderflow.engine.message import Message
 from orderflow.engine.postgres import Database
 
+# Joins, not EXISTS in the list: for that, PostgreSQL may read a whole table into memory first.
 _LOOK_UP = """
 SELECT o.event_id, o.event_type, o.aggregate_id, o.attempt, o.first_attempt,
-       EXISTS (SELECT FROM processed_events p WHERE p.event_id = o.event_id) AS processed,
-       EXISTS (SELECT FROM dead_letter_events d WHERE d.event_id = o.event_id) AS buried
-FROM outbox o WHERE o.event_id = ANY($1::uuid[])
+       p.event_id IS NOT NULL AS processed, d.event_id IS NOT NULL AS buried
+FROM outbox o LEFT JOIN processed_events p ON p.event_id = o.event_id LEFT JOIN dead_letter_events d ON d.event_id = o.event_id
+WHERE o.event_id = ANY($1::uuid[])
 """
 
 # In the order of the key, so that two workers that record overlapping groups cannot wait for each other in a circle. Never for
@@ -22,10 +23,11 @@ FROM outbox o WHERE o.event_id = ANY($1::uuid[])
 # aggregate, for the types that tell of one of ours.
 _RECORD = """
 INSERT INTO processed_events (event_id, worker_id)
-SELECT event_id, $4 FROM unnest($1::uuid[], $2::text[], $3::uuid[]) AS t(event_id, event_type, aggregate_id)
-JOIN outbox o USING (event_id, event_type, aggregate_id)
-WHERE NOT EXISTS (SELECT FROM dead_letter_events d WHERE d.event_id = t.event_id){exists}
-ORDER BY event_id
+SELECT t.event_id, $4 FROM unnest($1::uuid[], $2::text[], $3::uuid[]) AS t(event_id, event_type, aggregate_id)
+JOIN outbox o ON o.event_id = t.event_id AND o.event_type = t.event_type AND o.aggregate_id = t.aggregate_id
+LEFT JOIN dead_letter_events d ON d.event_id = t.event_id{joins}
+WHERE d.event_id IS NULL{exists}
+ORDER BY t.event_id
 ON CONFLICT (event_id) DO NOTHING
 RETURNING event_id
 """
@@ -33,16 +35,15 @@ RETURNING event_id
 
 def record_statement(subjects: Mapping[str, str]) -> str:
     """The statement for `record`. `subjects`: for the event types whose aggregate has to exist here, its table (key `id`)."""
-    known = [
-        f" WHEN '{kind}' THEN EXISTS (SELECT FROM {table} a WHERE a.id = o.aggregate_id)" for kind, table in subjects.items()
-    ]
-    exists = f"\n  AND CASE o.event_type{''.join(known)} ELSE true END" if subjects else ""
-    return _RECORD.format(exists=exists)
+    tables = sorted(set(subjects.values()))
+    joins = "".join(f"\nLEFT JOIN {table} ON {table}.id = t.aggregate_id" for table in tables)
+    known = "".join(f" WHEN '{kind}' THEN {table}.id IS NOT NULL" for kind, table in subjects.items())
+    return _RECORD.format(joins=joins, exists=f"\n  AND CASE t.event_type{known} ELSE true END" if subjects else "")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Known:
-    """What the database says of an event that is delivered."""
+    """What the database says of an event that is delivered. `begun`: what a Beginner's first step came to, if it was done."""
 
     event_type: str
     aggregate_id: UUID
@@ -50,22 +51,23 @@ class Known:
     first_attempt: int
     processed: bool
     buried: bool
+    begun: object = None
 
     def is_fresh(self, attempt: int) -> bool:
         """Whether a delivery of that attempt still has something to decide."""
         return not self.processed and not self.buried and attempt >= self.attempt
 
 
-async def look_up(database: Database, event_ids: Sequence[UUID]) -> list[Known | None]:
+async def look_up(database: Database, messages: Sequence[Message]) -> list[Known | None]:
     """What is known of each event; None for one without an outbox row here."""
-    rows = await database.fetch(_LOOK_UP, event_ids)
+    rows = await database.fetch(_LOOK_UP, [m.id for m in messages])
     known = {
         row["event_id"]: Known(
             row["event_type"], row["aggregate_id"], row["attempt"], row["first_attempt"], row["processed"], row["buried"]
         )
         for row in rows
     }
-    return [known.get(event_id) for event_id in event_ids]
+    return [known.get(m.id) for m in messages]
 
 
 async def record(database: Database, statement: str, messages: Sequence[Message], worker_id: str) -> list[bool]:

@@ -16,14 +16,15 @@ from datetime import UTC, datetime
 from aiokafka import AIOKafkaProducer
 
 from orderflow.engine import dead_letters, outbox
-from orderflow.engine.executor import Burial, SettledMeanwhile
+from orderflow.engine.handling import Burial, SettledMeanwhile
 from orderflow.engine.kafka import Kafka, bounded
+from orderflow.engine.low_water import Positions
 from orderflow.engine.message import Message
 from orderflow.engine.patience import DependencyUnavailable, within
-from orderflow.engine.postgres import Database
+from orderflow.engine.postgres import Connection, Database
 from orderflow.engine.publishing import UNPUBLISHABLE, Publishing
 from orderflow.engine.shards import Shards
-from orderflow.engine.telemetry import PUBLISHER, emit, observe
+from orderflow.engine.telemetry import PUBLISHER, emit, emit_each, observe
 from orderflow.engine.wake import Wake
 
 
@@ -46,6 +47,7 @@ class Relay:
         self._poll = poll
         self._heartbeat = heartbeat
         self._started = started
+        self._positions = Positions()
 
     async def run(self, stopping: asyncio.Event) -> None:
         """Publish until `stopping` is set; the round under way is finished and marked before the shards are given back."""
@@ -54,6 +56,8 @@ class Relay:
         wake = asyncio.create_task(Wake(self._direct_url, self._woken, heartbeat=self._heartbeat).run())
         stop = asyncio.create_task(self._wake_on(stopping))
         producer: AIOKafkaProducer | None = None
+        # Afresh: a run that failed has left rows unpublished behind the positions that it had reached.
+        self._positions = Positions()
         try:
             await self._kafka.ensure_topic()
             producer = await self._kafka.producer()
@@ -101,15 +105,21 @@ class Relay:
         if not shards:
             return 0
         async with database.acquire() as connection:
-            due = await outbox.fetch_due(connection, shards, self._batch)
-        if not due:
-            return 0
+            after = await self._positions.begin(connection, shards)
+            due = await outbox.fetch_due(connection, shards, self._batch, after)
+            if due.messages:
+                await self._publish(database, connection, due.messages, producer)
+            await self._positions.handled(connection, due.reached, due.full)
+        return len(due.messages)
+
+    async def _publish(
+        self, database: Database, connection: Connection, due: Sequence[Message], producer: AIOKafkaProducer
+    ) -> None:
         results, stuck = await Publishing(self._kafka, producer).send(due)
         acknowledged, refused, lost = _sort(due, results)
         if acknowledged:
             _tell(acknowledged)
-            async with database.acquire() as connection:
-                await outbox.mark_published_if_attempt(connection, acknowledged)
+            await outbox.mark_published_if_attempt(connection, acknowledged)
         for message, error in refused:
             await self._bury(database, message, error)
         if lost is not None or stuck:
@@ -117,7 +127,6 @@ class Relay:
             # the role starts again with a fresh one, and publishes the unmarked rows again.
             reason = "a batch was refused" if lost is None else str(lost) or type(lost).__name__
             raise DependencyUnavailable(f"Kafka at {self._kafka.bootstrap} did not acknowledge: {reason}")
-        return len(due)
 
     async def _bury(self, database: Database, message: Message, error: BaseException) -> None:
         failure = outbox.Failure.of(message.attempt, error)
@@ -163,7 +172,10 @@ def _sort(
 
 def _tell(messages: Sequence[Message]) -> None:
     now = datetime.now(UTC)
+    emit_each(
+        PUBLISHER, "EVENT_PUBLISHED",
+        [{"eventId": m.id, "eventType": m.type, "aggregateId": m.aggregate_id} for m in messages],
+    )  # fmt: skip
     for message in messages:
-        emit(PUBLISHER, "EVENT_PUBLISHED", eventId=message.id, eventType=message.type, aggregateId=message.aggregate_id)
         if message.attempt == 1:
             observe("published", (now - message.created_at).total_seconds())

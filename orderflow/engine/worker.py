@@ -7,7 +7,8 @@ from collections.abc import Awaitable, Callable, Mapping
 from contextlib import AsyncExitStack
 
 from orderflow.engine.consumer import Consumer
-from orderflow.engine.executor import Executor, Handler
+from orderflow.engine.executor import Executor
+from orderflow.engine.handling import Handler
 from orderflow.engine.kafka import Kafka
 from orderflow.engine.postgres import Database
 from orderflow.engine.retry import RetryPolicy
@@ -53,7 +54,7 @@ class Worker:
             )  # fmt: skip
             stack.push_async_callback(executor.close)
             consumer = Consumer(
-                self._kafka, executor.execute, client_id=self._worker_id, max_in_flight=self._max_in_flight,
+                self._kafka, executor.start, client_id=self._worker_id, max_in_flight=self._max_in_flight,
                 commit_interval=self._commit_interval, drain_timeout=self._drain_timeout, started=self._tell_started,
             )  # fmt: skip
             await consumer.run(stopping)

@@ -50,7 +50,7 @@ def build_service(database: Database, settings: Settings, wake: Callable[[], Non
     """The order service with the limits of the settings."""
     return OrderService(
         database, batch_size=settings.batch_size, batches_in_flight=settings.batches_in_flight,
-        queue=settings.http_queue, wake=wake,
+        queue=settings.http_queue, timeout=settings.http_request_timeout_seconds, wake=wake,
     )  # fmt: skip
 
 

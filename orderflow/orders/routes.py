@@ -62,21 +62,24 @@ class OrderRoutes:
 
     async def place(self, request: web.Request) -> web.Response:
         """POST /orders."""
-        deadline = asyncio.get_running_loop().time() + self._timeout
         headers = request.headers
         _require_json(headers)
         key = _key(request) if HEADER in headers else None
+        if (request.content_length or 0) > MAX_BODY:
+            raise _too_large()
+        # Most bodies arrive with their head: those are here already, and need no timer of their own.
+        deadline = None if request.content.is_eof() else asyncio.get_running_loop().time() + self._timeout
         body = await _read(request, deadline)
         try:
             document = parse(body)
         except NotJson as error:
             raise Problem(400, str(error), kind="not-json", title="Not JSON") from None
-        order = place_order(document)
+        user_id, amount = place_order(document)
         trace = headers.get("traceparent")
         try:
             placed = await self._service.place(
-                order.user_id,
-                order.amount,
+                user_id,
+                amount,
                 key,
                 trace if trace and _TRACEPARENT.fullmatch(trace) else None,
                 deadline,
@@ -183,12 +186,9 @@ def _key(request: web.Request) -> str:
         raise field_wrong(HEADER, str(error)) from None
 
 
-async def _read(request: web.Request, deadline: float) -> bytes:
-    if (request.content_length or 0) > MAX_BODY:
-        raise _too_large()
+async def _read(request: web.Request, deadline: float | None) -> bytes:
     try:
-        # Most bodies arrive with their head: those are here already, and need no timer.
-        if request.content.is_eof():
+        if deadline is None:
             return await request.read()
         async with asyncio.timeout_at(deadline):
             return await request.read()

@@ -13,7 +13,7 @@ import orjson
 
 from orderflow.engine.batcher import Batcher
 from orderflow.engine.ids import new_id
-from orderflow.engine.patience import Patience, is_transient
+from orderflow.engine.patience import Patience, TimeLimit, is_transient
 from orderflow.engine.postgres import Database
 from orderflow.engine.telemetry import observe
 from orderflow.orders import store
@@ -64,7 +64,7 @@ class OrderService:
 
     def __init__(
         self, database: Database, *, batch_size: int = 500, batches_in_flight: int = 4, queue: int = 4096,
-        patience: Patience | None = None, wake: Callable[[], None] = lambda: None,
+        timeout: float = 10.0, patience: Patience | None = None, wake: Callable[[], None] = lambda: None,
     ) -> None:  # fmt: skip
         self._database = database
         self._wake = wake
@@ -73,6 +73,7 @@ class OrderService:
             self._flush, size=batch_size, in_flight=batches_in_flight, queue=queue,
             patience=patience or Patience(PATIENCE_SECONDS),
         )  # fmt: skip
+        self._limit = TimeLimit(timeout)
         # Event loop time of the last commit: proof that PostgreSQL works, without asking it.
         self.last_commit = float("-inf")
 
@@ -82,8 +83,8 @@ class OrderService:
     ) -> Placed | KeyReused | KeyInProgress:  # fmt: skip
         """Place an order; returns after it and its event are durable.
 
-        `amount` has two decimals (amounts.parse_amount); `deadline` is event loop time. Raises Overloaded when too many
-        orders are waiting, Unavailable when PostgreSQL did not confirm in time.
+        `amount` has two decimals (amounts.parse_amount); `deadline` is event loop time, `timeout` from now without it. Raises
+        Overloaded when too many orders are waiting, Unavailable when PostgreSQL did not confirm in time.
         """
         if key is None:
             return await self._place(user_id, amount, None, traceparent, deadline)
@@ -104,8 +105,11 @@ class OrderService:
         trace = orjson.dumps({"traceparent": traceparent}).decode() if traceparent else None
         attempt = _Attempt(NewOrder(new_id(), new_id(), user_id, amount, key, hashed, trace))
         try:
-            async with asyncio.timeout_at(deadline):
-                result = await self._batcher.submit(attempt)
+            if deadline is None:
+                result = await self._limit.run(self._batcher.submit(attempt))
+            else:
+                async with asyncio.timeout_at(deadline):
+                    result = await self._batcher.submit(attempt)
         except Exception as error:
             if not is_transient(error):
                 raise

@@ -13,13 +13,27 @@ import asyncpg
 from orderflow.engine.postgres import Connection, Database
 from orderflow.orders.model import State
 
+_PLACE = """
+WITH input AS (
+    SELECT * FROM unnest($1::uuid[], $2::uuid[], $3::numeric[], $4::uuid[], $5::jsonb[])
+                  AS t(order_id, user_id, amount, event_id, headers)),
+announced AS (
+    INSERT INTO outbox (event_id, event_type, aggregate_type, aggregate_id, payload, headers)
+    SELECT event_id, 'OrderCreated', 'order', order_id,
+           jsonb_build_object('orderId', order_id, 'userId', user_id, 'amount', amount::numeric(12,2)::text), headers
+    FROM input),
+placed AS (
+    INSERT INTO orders (id, user_id, amount) SELECT order_id, user_id, amount FROM input)
+SELECT now()
+"""
+
 # ON CONFLICT DO NOTHING throughout: after a lost connection the same rows are sent again, and whether the first commit
 # happened shows in what is there (see `_resolve`). Keys are claimed in order, so that two processes that place overlapping
 # keys wait for each other in one direction only.
-_PLACE = """
+_PLACE_CAREFULLY = """
 WITH input AS (
-    SELECT * FROM unnest($1::uuid[], $2::uuid[], $3::numeric[], $4::uuid[], $5::text[], $6::bytea[], $7::jsonb[])
-                  AS t(order_id, user_id, amount, event_id, key, request_hash, headers)),
+    SELECT * FROM unnest($1::uuid[], $2::uuid[], $3::numeric[], $4::uuid[], $5::jsonb[], $6::text[], $7::bytea[])
+                  AS t(order_id, user_id, amount, event_id, headers, key, request_hash)),
 claimed AS (
     INSERT INTO idempotency_keys AS k (key, request_hash, order_id)
     SELECT key, request_hash, order_id FROM input WHERE key IS NOT NULL ORDER BY key
@@ -27,16 +41,15 @@ claimed AS (
         WHERE k.created_at < now() - interval '24 hours'
     RETURNING k.order_id),
 accepted AS (
-    SELECT * FROM input i WHERE i.key IS NULL OR EXISTS (SELECT FROM claimed c WHERE c.order_id = i.order_id)),
-placed AS (
-    INSERT INTO orders (id, user_id, amount) SELECT order_id, user_id, amount FROM accepted
-    ON CONFLICT (id) DO NOTHING RETURNING id, created_at),
+    SELECT * FROM input WHERE key IS NULL OR order_id IN (SELECT order_id FROM claimed)),
 announced AS (
     INSERT INTO outbox (event_id, event_type, aggregate_type, aggregate_id, payload, headers)
-    SELECT a.event_id, 'OrderCreated', 'order', a.order_id,
-           jsonb_build_object('orderId', a.order_id, 'userId', a.user_id, 'amount', a.amount::numeric(12,2)::text), a.headers
-    FROM accepted a JOIN placed p ON p.id = a.order_id)
-SELECT id, created_at FROM placed
+    SELECT event_id, 'OrderCreated', 'order', order_id,
+           jsonb_build_object('orderId', order_id, 'userId', user_id, 'amount', amount::numeric(12,2)::text), headers
+    FROM accepted
+    ON CONFLICT (event_id) DO NOTHING)
+INSERT INTO orders (id, user_id, amount) SELECT order_id, user_id, amount FROM accepted
+ON CONFLICT (id) DO NOTHING RETURNING id, created_at
 """
 
 _RESOLVE = """
@@ -49,7 +62,7 @@ LEFT JOIN orders o ON o.id = coalesce(k.order_id, t.order_id)
 _COLUMNS = "id, user_id, state, version, amount, failure, created_at, updated_at, entered_at"
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class NewOrder:
     """An order to be placed. `key` and `request_hash` are both None, or both given."""
 
@@ -62,7 +75,7 @@ class NewOrder:
     headers: str | None = None
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Placed:
     """The order is durable. `replayed`: an earlier request with the same key and body has placed it."""
 
@@ -95,16 +108,21 @@ class Order:
 
 async def place(connection: Database | Connection, orders: Sequence[NewOrder]) -> list[Placed | KeyReused]:
     """Write orders, their OrderCreated events and their idempotency keys in one statement; safe to repeat."""
-    rows = await connection.fetch(
-        _PLACE,
+    columns = (
         [o.order_id for o in orders],
         [o.user_id for o in orders],
         [o.amount for o in orders],
         [o.event_id for o in orders],
-        [o.key for o in orders],
-        [o.request_hash for o in orders],
         [o.headers for o in orders],
     )
+    if all(o.key is None for o in orders):
+        try:
+            now = await connection.fetchval(_PLACE, *columns)
+            return [Placed(o.order_id, o.user_id, o.amount, now) for o in orders]
+        except asyncpg.UniqueViolationError:
+            # Sent again after a lost answer: the first commit had happened.
+            pass
+    rows = await connection.fetch(_PLACE_CAREFULLY, *columns, [o.key for o in orders], [o.request_hash for o in orders])
     placed = {row["id"]: row["created_at"] for row in rows}
     left = [o for o in orders if o.order_id not in placed]
     earlier = await _resolve(connection, left) if left else {}
@@ -147,6 +165,8 @@ async def newest(database: Database, *, state: State | None, limit: int, after: 
     # Conditions that are not asked for are left out, and the state stands in the text: under `$1 IS NULL OR ...` a generic plan
     # can use neither the keyset (a deep page would read all pages before it) nor the partial index of the orders in flight.
     conditions = [f"state = '{state.value}'"] if state else []
+    if state in (State.CREATED, State.PAYMENT_PENDING):
+        conditions.append("in_flight")
     if after:
         conditions.append("(created_at, id) < ($2, $3)")
     where = f"WHERE {' AND '.join(conditions)}" if conditions else ""

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Final
@@ -14,14 +13,15 @@ import orjson
 
 from orderflow.engine import outbox
 from orderflow.engine.batcher import Batcher
-from orderflow.engine.executor import Delivery, SettledMeanwhile
+from orderflow.engine.handling import Delivery, SettledMeanwhile
 from orderflow.engine.ids import new_id
 from orderflow.engine.message import Message
 from orderflow.engine.outcome import Done, Duplicate, Outcome
-from orderflow.engine.patience import ENDLESS, is_transient
+from orderflow.engine.patience import ENDLESS, TimeLimit, is_transient
 from orderflow.engine.postgres import Connection, Database
+from orderflow.engine.processed import Known
 from orderflow.engine.retry import OutcomeUnknown, Permanent
-from orderflow.engine.telemetry import WORKER, emit, observe
+from orderflow.engine.telemetry import WORKER, emit, emit_each, observe
 from orderflow.orders import store as orders
 from orderflow.orders.model import Failure, State
 from orderflow.payments import store
@@ -87,23 +87,32 @@ class ChargeHandler(FailOrder):
         self._database = database
         self._gateway = gateway
         self._timeout = timeout
+        self._limit = TimeLimit(timeout)
         self._worker_id = worker_id
         self._begins: Batcher[UUID, Begun | None] = Batcher(
             lambda ids: store.begin_if_created(database, ids), size=batch, in_flight=in_flight, patience=ENDLESS
         )
         self._settlements: Batcher[Settlement, bool] = Batcher(
-            lambda group: store.settle_if_pending(database, group, worker_id), size=batch, in_flight=in_flight, patience=ENDLESS
+            self._settle_group, size=batch, in_flight=in_flight, patience=ENDLESS
         )
+
+    async def begin(self, messages: Sequence[Message]) -> list[Known | None]:
+        """See Beginner."""
+        results = await store.begin_if_fresh(self._database, messages)
+        emit_each(WORKER, "STATE_CHANGE", [_PENDING | {"orderId": k.aggregate_id} for k in results if k and k.begun])
+        return results
 
     async def handle(self, delivery: Delivery) -> Outcome:
         """Bring the order to its end. Raises Permanent, OutcomeUnknown, or the gateway's error."""
-        order = await self._begins.submit(delivery.message.aggregate_id)
-        if order is None:
-            raise Permanent("Unknown order: not in this database")
-        if order.moved:
-            _tell_change(order.order_id, State.CREATED, State.PAYMENT_PENDING)
-        elif order.state is not State.PAYMENT_PENDING:
-            return Done()
+        order = delivery.known.begun
+        if not isinstance(order, Begun):
+            order = await self._begins.submit(delivery.message.aggregate_id)
+            if order is None:
+                raise Permanent("Unknown order: not in this database")
+            if order.moved:
+                _tell_change(order.order_id, State.CREATED, State.PAYMENT_PENDING)
+            elif order.state is not State.PAYMENT_PENDING:
+                return Done()
         try:
             charge = await self._charge(order)
         except Declined:
@@ -117,8 +126,7 @@ class ChargeHandler(FailOrder):
         begun = time.monotonic()
         request = ChargeRequest(order.order_id, idempotency_key(order.order_id), order.amount)
         try:
-            async with asyncio.timeout(self._timeout):
-                return await self._gateway.charge(request)
+            return await self._limit.run(self._gateway.charge(request))
         except Exception as error:
             # A connection that broke tells as little as no answer: the charge may have been made.
             if not isinstance(error, ChargeUnknown) and not is_transient(error):
@@ -131,8 +139,7 @@ class ChargeHandler(FailOrder):
 
     async def _find(self, reference: UUID) -> Charge | None:
         try:
-            async with asyncio.timeout(self._timeout):
-                return await self._gateway.find(reference)
+            return await self._limit.run(self._gateway.find(reference))
         except Exception as error:
             if isinstance(error, ChargeUnknown) or is_transient(error):
                 raise OutcomeUnknown(
@@ -145,12 +152,12 @@ class ChargeHandler(FailOrder):
         settled = await self._settlements.submit(settlement)
         if not settled and charge is not None:
             settled = await ENDLESS.run(lambda: self._settle_late(settlement))
-        if not settled:
-            return Duplicate()
-        emit(WORKER, "PAYMENT_RESULT", orderId=order.order_id, status="SUCCESS" if charge else "DECLINED")
-        _tell_change(order.order_id, State.PAYMENT_PENDING, settlement.state)
-        observe("settled", (datetime.now(UTC) - delivery.message.created_at.astimezone(UTC)).total_seconds())
-        return Done(recorded=True)
+        return Done(recorded=True) if settled else Duplicate()
+
+    async def _settle_group(self, group: Sequence[Settlement]) -> list[bool]:
+        results = await store.settle_if_pending(self._database, group, self._worker_id)
+        _tell_settled([settlement for settlement, settled in zip(group, results, strict=True) if settled])
+        return results
 
     async def _settle_late(self, settlement: Settlement) -> bool:
         """Given up by another delivery while this charge was under way: money was taken, so the order must not stay FAILED."""
@@ -160,7 +167,10 @@ class ChargeHandler(FailOrder):
                 return False
             await store.unbury_for_late_charge(connection, settlement.event_id)
             late = replace(settlement, version=version)
-            return (await store.settle_if_pending(connection, [late], self._worker_id))[0]
+            settled = (await store.settle_if_pending(connection, [late], self._worker_id))[0]
+        if settled:
+            _tell_settled([late])
+        return settled
 
     async def before_giving_up(self, delivery: Delivery) -> Outcome | None:
         """A charge that exists settles the order, however many attempts have failed."""
@@ -177,23 +187,37 @@ class ChargeHandler(FailOrder):
 
 
 def _settlement(message: Message, order: Begun, charge: Charge | None) -> Settlement:
-    payload: dict[str, str] = {
-        "orderId": str(order.order_id),
-        "userId": str(order.user_id),
-        "amount": str(order.amount),
-    }
+    order_id = str(order.order_id)
+    # Written by hand: of ids and a number, nothing needs an escape.
+    payload = f'"orderId":"{order_id}","userId":"{order.user_id}","amount":"{order.amount}"'
     if charge is not None:
         state, failure, event_type = State.PAID, None, "OrderPaid"
-        payload["chargeId"] = str(charge.id)
+        payload = f'{{{payload},"chargeId":"{charge.id}"}}'
     else:
         state, failure, event_type = State.FAILED, Failure.DECLINED.value, "OrderFailed"
-        payload |= {"reason": "Payment declined", "failure": failure}
-    trace = message.trace()
+        payload = f'{{{payload},"reason":"Payment declined","failure":"{failure}"}}'
+    trace = message.trace() if message.headers else None
     return Settlement(
-        message.id, order.order_id, order.version, state, failure, event_type, orjson.dumps(payload).decode(),
-        orjson.dumps(trace).decode() if trace else None,
+        message.id, order.order_id, order.version, state, failure, event_type, payload,
+        orjson.dumps(trace).decode() if trace else None, message.created_at,
     )  # fmt: skip
+
+
+_PENDING: Final = {"orderId": None, "oldState": State.CREATED.value, "newState": State.PAYMENT_PENDING.value}
 
 
 def _tell_change(order_id: UUID, old: State, new: State) -> None:
     emit(WORKER, "STATE_CHANGE", orderId=order_id, oldState=old.value, newState=new.value)
+
+
+def _tell_settled(group: Sequence[Settlement]) -> None:
+    """What a group of settlements has come to; told after its commit."""
+    now = datetime.now(UTC)
+    old = State.PAYMENT_PENDING.value
+    emit_each(
+        WORKER, "PAYMENT_RESULT",
+        [{"orderId": s.order_id, "status": "DECLINED" if s.failure else "SUCCESS"} for s in group],
+    )  # fmt: skip
+    emit_each(WORKER, "STATE_CHANGE", [{"orderId": s.order_id, "oldState": old, "newState": s.state.value} for s in group])
+    for settlement in group:
+        observe("settled", (now - settlement.since).total_seconds())

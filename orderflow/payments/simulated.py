@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
-from dataclasses import dataclass
 from datetime import datetime
 from enum import StrEnum
 from hashlib import blake2b
+from typing import Final, NamedTuple
 from uuid import UUID
 
 from orderflow.engine.batcher import Batcher
@@ -19,24 +19,23 @@ from orderflow.engine.ids import new_id
 from orderflow.engine.postgres import Database
 from orderflow.payments.gateway import Charge, ChargeFailed, ChargeRequest, ChargeUnknown, Declined
 
-# The ledger is asked and written in one statement for many charges, as any service of that size would do: a key that has a
-# charge gets that one, whatever the mode is now.
+# The ledger is written in one statement for many charges, as any service of that size would do.
 _CHARGE = """
-WITH input AS (
-    SELECT * FROM unnest($1::uuid[], $2::text[], $3::uuid[], $4::numeric[], $5::boolean[])
-                  AS t(id, key, reference, amount, succeeds)),
-control AS (SELECT coalesce((SELECT mode FROM gateway_control), 'random') AS mode),
-written AS (
-    INSERT INTO gateway_charges (id, idempotency_key, reference, amount, status)
-    SELECT i.id, i.key, i.reference, i.amount,
-           CASE WHEN c.mode = 'succeed' OR c.mode <> 'decline' AND i.succeeds THEN 'settled' ELSE 'declined' END
-    FROM input i CROSS JOIN control c WHERE c.mode NOT IN ('error', 'hang') ORDER BY i.key
-    ON CONFLICT (idempotency_key) DO NOTHING
-    RETURNING idempotency_key, id, status, created_at)
-SELECT i.key, c.mode, w.id IS NOT NULL AS fresh, coalesce(w.id, g.id) AS id, coalesce(w.status, g.status) AS status,
-       coalesce(w.created_at, g.created_at) AS created_at
-FROM input i CROSS JOIN control c LEFT JOIN written w ON w.idempotency_key = i.key
-LEFT JOIN gateway_charges g ON g.idempotency_key = i.key
+INSERT INTO gateway_charges (id, idempotency_key, reference, amount, status)
+SELECT i.id, i.key, i.reference, i.amount,
+       CASE WHEN c.mode = 'succeed' OR c.mode <> 'decline' AND i.succeeds THEN 'settled' ELSE 'declined' END
+FROM unnest($1::uuid[], $2::text[], $3::uuid[], $4::numeric[], $5::boolean[]) AS i(id, key, reference, amount, succeeds)
+     CROSS JOIN (SELECT coalesce((SELECT mode FROM gateway_control), 'random') AS mode) AS c
+WHERE c.mode NOT IN ('error', 'hang') ORDER BY i.key
+ON CONFLICT (idempotency_key) DO NOTHING
+RETURNING idempotency_key, (SELECT mode FROM gateway_control), id, status, created_at
+"""
+
+# A key that has a charge gets that one, whatever the mode is now. (After the INSERT, whose snapshot does not show a charge to
+# which it has just lost the race for a key.)
+_LOOK_UP = """
+SELECT i.key, coalesce((SELECT mode FROM gateway_control), 'random'), g.id, g.status, g.created_at
+FROM unnest($1::text[]) AS i(key) LEFT JOIN gateway_charges g ON g.idempotency_key = i.key
 """
 
 _FIND = """
@@ -44,6 +43,9 @@ SELECT t.reference, c.id, c.amount, c.created_at
 FROM unnest($1::uuid[]) AS t(reference)
 LEFT JOIN gateway_charges c ON c.reference = t.reference AND c.status = 'settled'
 """
+
+
+REFUSAL: Final = "Payment gateway error: Insufficient funds"
 
 
 class Mode(StrEnum):
@@ -60,22 +62,26 @@ class Mode(StrEnum):
     HANG = "hang"
 
 
-@dataclass(frozen=True, slots=True)
-class _Entry:
+class _Entry(NamedTuple):
     """What the ledger says of a key. `fresh`: this very request has made the charge."""
 
-    mode: Mode
-    fresh: bool
+    mode: str | None
     id: UUID | None
     status: str | None
     created_at: datetime | None
+    fresh: bool
 
 
 class SimulatedGateway:
     """A `Gateway` that takes `delay` seconds and succeeds for a share `success_rate` of orders, the same for the same seed."""
 
-    def __init__(self, database: Database, *, delay: float = 0.5, success_rate: float = 0.7, seed: int = 1) -> None:
+    def __init__(
+        self, database: Database, *, delay: float = 0.5, success_rate: float = 0.7, error_rate: float = 0.0, seed: int = 1
+    ) -> None:
+        """`error_rate`: the share of orders whose first charge fails with an error, in each process that is asked."""
         self._database = database
+        self._error_rate = error_rate
+        self._failed_once: set[UUID] = set()
         self._delay = delay
         self._success_rate = success_rate
         self._seed = str(seed).encode()
@@ -84,19 +90,33 @@ class SimulatedGateway:
 
     def would_succeed(self, reference: UUID) -> bool:
         """The outcome in mode random: a pure function of seed and order, so that a retry gets the same answer."""
-        digest = blake2b(reference.bytes, digest_size=8, key=self._seed).digest()
-        return int.from_bytes(digest, "big") / 2**64 < self._success_rate
+        return self._drawn(reference, b"") < self._success_rate
+
+    def _fails_this_time(self, reference: UUID) -> bool:
+        if self._drawn(reference, b"error") >= self._error_rate:
+            return False
+        if reference in self._failed_once:
+            self._failed_once.discard(reference)
+            return False
+        self._failed_once.add(reference)
+        return True
+
+    def _drawn(self, reference: UUID, purpose: bytes) -> float:
+        digest = blake2b(reference.bytes, digest_size=8, key=self._seed, person=purpose).digest()
+        return int.from_bytes(digest, "big") / 2**64
 
     async def charge(self, request: ChargeRequest) -> Charge:
         """See Gateway.charge."""
         if self._delay > 0:
             await asyncio.sleep(self._delay)
+        if self._error_rate and self._fails_this_time(request.reference):
+            raise ChargeFailed(REFUSAL)
         entry = await self._charges.submit(request)
-        if entry.id is None and entry.mode is Mode.HANG:
+        if entry.id is None and entry.mode == Mode.HANG:
             await asyncio.get_running_loop().create_future()
         if entry.id is None:
-            raise ChargeFailed("Payment gateway error: Insufficient funds")
-        if entry.fresh and entry.mode is Mode.TIMEOUT:
+            raise ChargeFailed(REFUSAL)
+        if entry.fresh and entry.mode == Mode.TIMEOUT:
             raise ChargeUnknown("Payment gateway timeout: the answer was lost")
         return self._answer(request, entry)
 
@@ -118,14 +138,10 @@ class SimulatedGateway:
             [request.amount for request in requests],
             [self.would_succeed(request.reference) for request in requests],
         )
-        entries = {r["key"]: _Entry(Mode(r["mode"]), r["fresh"], r["id"], r["status"], r["created_at"]) for r in rows}
-        missed = [
-            request for request in requests
-            if (entry := entries[request.idempotency_key]).id is None and entry.mode not in (Mode.ERROR, Mode.HANG)
-        ]  # fmt: skip
-        if missed:
-            # Lost the race for a key to a charge that this statement's snapshot does not show: the next one's does.
-            entries.update(zip((request.idempotency_key for request in missed), await self._charge(missed), strict=True))
+        entries = {key: _Entry(mode, charge_id, status, at, True) for key, mode, charge_id, status, at in rows}
+        if left := [request.idempotency_key for request in requests if request.idempotency_key not in entries]:
+            rows = await self._database.fetch(_LOOK_UP, left)
+            entries |= {key: _Entry(mode, charge_id, status, at, False) for key, mode, charge_id, status, at in rows}
         return [entries[request.idempotency_key] for request in requests]
 
     async def _find(self, references: Sequence[UUID]) -> list[Charge | None]:

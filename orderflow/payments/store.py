@@ -3,47 +3,54 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from datetime import datetime
 from decimal import Decimal
 from uuid import UUID
 
 from orderflow.engine.ids import new_id
+from orderflow.engine.message import Message
 from orderflow.engine.postgres import Connection, Database
+from orderflow.engine.processed import Known, look_up
 from orderflow.orders.model import State
 
-_BEGIN = """
-WITH input AS (SELECT DISTINCT id FROM unnest($1::uuid[]) AS t(id)),
-moved AS (
-    UPDATE orders o SET state = 'PAYMENT_PENDING', version = o.version + 1, updated_at = now(),
-                        entered_at = o.entered_at || now()
-    FROM input i WHERE o.id = i.id AND o.state = 'CREATED' AND o.version = 1
-    RETURNING o.id)
-SELECT o.id, o.state, o.version, o.amount, o.user_id, m.id IS NOT NULL AS moved
-FROM input i JOIN orders o ON o.id = i.id LEFT JOIN moved m ON m.id = o.id
+# The common case in one statement: our event, neither processed nor buried nor overtaken, of an order that is CREATED.
+_BEGIN_IF_FRESH = """
+UPDATE orders o SET state = 'PAYMENT_PENDING', version = 2, updated_at = now(), entered_at = o.entered_at || now()
+FROM unnest($1::uuid[], $2::uuid[], $3::integer[]) AS i(event_id, order_id, attempt)
+     JOIN outbox e ON e.event_id = i.event_id AND e.aggregate_id = i.order_id
+     LEFT JOIN processed_events p ON p.event_id = i.event_id
+     LEFT JOIN dead_letter_events d ON d.event_id = i.event_id
+WHERE o.id = i.order_id AND o.state = 'CREATED' AND o.version = 1
+  AND e.event_type = 'OrderCreated' AND e.attempt <= i.attempt AND p.event_id IS NULL AND d.event_id IS NULL
+RETURNING e.event_id, o.id, o.user_id, o.amount, e.attempt, e.first_attempt
 """
 
+_BEGIN = """
+UPDATE orders SET state = 'PAYMENT_PENDING', version = 2, updated_at = now(), entered_at = entered_at || now()
+WHERE id = ANY($1::uuid[]) AND state = 'CREATED' AND version = 1
+RETURNING id
+"""
+_STANDING = "SELECT id, user_id, amount, state, version FROM orders WHERE id = ANY($1::uuid[])"
+
 # The order's row decides: what does not move it is not recorded either, so that of two deliveries at the same moment, or of a
-# settlement and a burial, exactly one takes effect. Two deliveries of one order can meet in one group, too: one without its key
-# is not held behind the other.
+# settlement and a burial, exactly one takes effect. Two deliveries of one order can meet in one group, too (one without its key
+# is not held behind the other): an UPDATE takes one of them.
 _SETTLE = """
-WITH input AS (
-    SELECT DISTINCT ON (order_id) *
-    FROM unnest($1::uuid[], $2::uuid[], $3::integer[], $4::text[], $5::text[], $6::uuid[], $7::text[], $8::jsonb[], $9::jsonb[])
-                  AS t(event_id, order_id, version, state, failure, new_event_id, new_event_type, payload, headers)),
-moved AS (
+WITH moved AS (
     UPDATE orders o SET state = i.state, version = o.version + 1, failure = i.failure, updated_at = now(),
                         entered_at = o.entered_at || now()
-    FROM input i WHERE o.id = i.order_id AND o.state = 'PAYMENT_PENDING' AND o.version = i.version
-    RETURNING o.id),
+    FROM unnest($1::uuid[], $2::uuid[], $3::integer[], $4::text[], $5::text[], $6::uuid[], $7::text[], $8::jsonb[], $9::jsonb[])
+                  AS i(event_id, order_id, version, state, failure, new_event_id, new_event_type, payload, headers)
+    WHERE o.id = i.order_id AND o.state = 'PAYMENT_PENDING' AND o.version = i.version
+    RETURNING i.*),
 recorded AS (
-    INSERT INTO processed_events (event_id, worker_id)
-    SELECT i.event_id, $10 FROM input i JOIN moved m ON m.id = i.order_id
+    INSERT INTO processed_events (event_id, worker_id) SELECT event_id, $10 FROM moved
     ON CONFLICT (event_id) DO NOTHING),
 announced AS (
     INSERT INTO outbox (event_id, event_type, aggregate_type, aggregate_id, payload, headers)
-    SELECT i.new_event_id, i.new_event_type, 'order', i.order_id, i.payload, i.headers
-    FROM input i JOIN moved m ON m.id = i.order_id)
-SELECT i.new_event_id FROM input i JOIN moved m ON m.id = i.order_id
+    SELECT new_event_id, new_event_type, 'order', order_id, payload, headers FROM moved)
+SELECT new_event_id FROM moved
 """
 
 _FAIL = """
@@ -54,9 +61,9 @@ RETURNING version
 """
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Begun:
-    """An order on which a charge may begin. `resumed`: another delivery has begun one before, and it may exist."""
+    """An order on which a charge may begin. `moved`: this call has begun it; if not, another has, and a charge may exist."""
 
     order_id: UUID
     user_id: UUID
@@ -66,7 +73,7 @@ class Begun:
     moved: bool
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Settlement:
     """How an order ends: `state` PAID or FAILED; `payload` is the JSON text of the event that tells of it."""
 
@@ -78,28 +85,44 @@ class Settlement:
     event_type: str
     payload: str
     headers: str | None
+    # When the order's event was made: of interest to the metrics only.
+    since: datetime
+
+
+async def begin_if_fresh(database: Database, messages: Sequence[Message]) -> list[Known | None]:
+    """What is known of these OrderCreated events; the orders of the fresh ones are CREATED -> PAYMENT_PENDING, and `begun`."""
+    rows = await database.fetch(
+        _BEGIN_IF_FRESH, [m.id for m in messages], [m.aggregate_id for m in messages], [m.attempt for m in messages]
+    )
+    begun: dict[UUID, Known | None] = {
+        event_id: Known(
+            "OrderCreated", order_id, attempt, first_attempt, False, False,
+            Begun(order_id, user_id, amount, State.PAYMENT_PENDING, 2, True),
+        )
+        for event_id, order_id, user_id, amount, attempt, first_attempt in rows
+    }  # fmt: skip
+    # Taken out one by one: of two deliveries of one event in a group, one has begun it.
+    results = [begun.pop(message.id, None) for message in messages]
+    if left := [message for message, known in zip(messages, results, strict=True) if known is None]:
+        others = iter(await look_up(database, left))
+        results = [known or next(others) for known in results]
+    return results
 
 
 async def begin_if_created(database: Database, order_ids: Sequence[UUID]) -> list[Begun | None]:
     """CREATED -> PAYMENT_PENDING for those that are CREATED; None for an order that does not exist here."""
-    rows = await database.fetch(_BEGIN, order_ids)
-    begun = {}
-    for row in rows:
-        moved = row["moved"]
-        # The select reads from before the update; a row that another worker moved meanwhile shows as CREATED and not moved.
-        state = State.PAYMENT_PENDING if row["state"] == State.CREATED else State(row["state"])
-        version = 2 if row["state"] == State.CREATED else row["version"]
-        begun[row["id"]] = Begun(row["id"], row["user_id"], row["amount"], state, version, moved)
-    moved_once: set[UUID] = set()
-    results = []
+    moved = {row["id"] for row in await database.fetch(_BEGIN, order_ids)}
+    standing = {row["id"]: row for row in await database.fetch(_STANDING, order_ids)}
+    results: list[Begun | None] = []
     for order_id in order_ids:
-        found = begun.get(order_id)
-        if found is not None and found.moved:
-            # Two deliveries of one order in one group: one of them has moved it.
-            if order_id in moved_once:
-                found = replace(found, moved=False)
-            moved_once.add(order_id)
-        results.append(found)
+        row = standing.get(order_id)
+        # Two deliveries of one order in one group: one of them has moved it.
+        results.append(
+            Begun(row["id"], row["user_id"], row["amount"], State(row["state"]), row["version"], order_id in moved)
+            if row
+            else None
+        )
+        moved.discard(order_id)
     return results
 
 

@@ -14,9 +14,9 @@ import pytest
 from aiokafka import AIOKafkaProducer
 
 from orderflow.engine.consumer import Consumer
-from orderflow.engine.executor import Record
+from orderflow.engine.handling import Record
 from orderflow.payments.handlers import ChargeHandler
-from tests.pipeline import Facts, FakeGateway, kafka_for, opened, running, watching, worker_with
+from tests.pipeline import Facts, FakeGateway, in_tasks, kafka_for, opened, running, watching, worker_with
 from tests.rows import insert_event, message_of, place, states
 from tests.servers import Broker
 from tests.topics import committed_offsets, producing
@@ -33,7 +33,10 @@ class Part:
         self.ended: list[Record] = []
         self.until: Callable[[Record], Any] = lambda record: None
         self.consumer = Consumer(
-            kafka_for(broker, topic), self._execute, client_id="c", **{"commit_interval": 0.05, "drain_timeout": 5.0, **options}
+            kafka_for(broker, topic),
+            in_tasks(self._execute),
+            client_id="c",
+            **{"commit_interval": 0.05, "drain_timeout": 5.0, **options},
         )
 
     async def run(self, stopping: asyncio.Event) -> None:

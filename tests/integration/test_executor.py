@@ -14,14 +14,14 @@ import orjson
 import pytest
 
 from orderflow.embedded.postgres import EmbeddedPostgres
-from orderflow.engine.dead_letters import Place
-from orderflow.engine.executor import Delivery, Record
+from orderflow.engine.handling import Delivery
 from orderflow.engine.message import Message
 from orderflow.engine.outcome import Done, Outcome
 from orderflow.engine.postgres import Connection
 from orderflow.engine.retry import Permanent
 from tests.pipeline import Facts, FakeGateway, executing, watching
 from tests.rows import (
+    Fetched,
     as_record,
     charges_of,
     dead_letter,
@@ -38,8 +38,8 @@ from tests.rows import (
 database_url = one_database
 
 
-def raw(value: bytes | None, headers: list[tuple[str, bytes | None]] | None = None, offset: int = 7) -> Record:
-    return Record(Place("order-events", 3, offset), b"key", value, headers or [])  # type: ignore[arg-type]
+def raw(value: bytes | None, headers: list[tuple[str, bytes | None]] | None = None, offset: int = 7) -> Fetched:
+    return Fetched("order-events", 3, offset, b"key", value, headers or [])  # type: ignore[arg-type]
 
 
 def document(**changes: Any) -> dict[str, Any]:
@@ -261,7 +261,7 @@ async def test_an_event_that_names_another_order_charges_neither(connection: asy
     forged = (record.value or b"").replace(str(order_id).encode(), str(other).encode())
     gateway = FakeGateway()
     async with executing(database_url, gateway) as executor:
-        await executor.execute(replace(record, value=forged, place=Place("forged", 0, 2)))
+        await executor.execute(replace(record, value=forged, topic="forged", offset=2))
         assert gateway.requests == []
         (letter,) = await connection.fetch("SELECT event_id, reason FROM dead_letter_events WHERE aggregate_id = $1", other)
         assert letter["event_id"] != event_id
@@ -278,7 +278,7 @@ async def test_a_record_that_borrows_the_id_of_an_order_s_event_does_not_have_it
     record = await record_of(connection, event_id)
     forged = (record.value or b"").replace(b"OrderCreated", b"SomethingElse")
     async with executing(database_url) as executor:
-        await executor.execute(replace(record, value=forged, place=Place("forged", 0, 1)))
+        await executor.execute(replace(record, value=forged, topic="forged", offset=1))
         reason = await connection.fetchval("SELECT reason FROM dead_letter_events WHERE topic = 'forged' AND \"offset\" = 1")
         assert reason == "Foreign event: its outbox row tells of another type"
         await executor.execute(record)
@@ -392,7 +392,7 @@ async def test_a_handler_gets_the_event_its_place_and_how_often_it_failed(
     async with executing(database_url, handlers={"Shipped": handler}, worker_id="w7") as executor:
         await executor.execute(await record_of(connection, event_id, offset=99))
     (delivery,) = handler.handled
-    assert (delivery.failures, delivery.worker_id, delivery.place.offset) == (1, "w7", 99)
+    assert (delivery.failures, delivery.record.offset) == (1, 99)
     assert delivery.message.payload == {"n": 1}
 
 

@@ -30,8 +30,9 @@ async def waits(connection: asyncpg.Connection, statements: int = 1) -> bool:
 
 
 async def prepared(api: Served, connection: asyncpg.Connection) -> None:
-    """Have the statement prepared, so that the next order is one message to PostgreSQL and one answer."""
+    """Have the statements prepared, so that the next order is one message to PostgreSQL and one answer."""
     assert (await api.place()).status == 201
+    assert (await api.place(key="prepared")).status == 201
     await connection.execute("TRUNCATE orders, outbox, idempotency_keys")
 
 

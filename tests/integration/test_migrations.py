@@ -65,7 +65,7 @@ UNION ALL SELECT 'constraint ' || conname, pg_get_constraintdef(oid) FROM pg_con
 UNION ALL SELECT 'trigger ' || tgname, pg_get_triggerdef(oid) FROM pg_trigger WHERE NOT tgisinternal
 UNION ALL SELECT 'function ' || proname, prosrc FROM pg_proc WHERE pronamespace = 'public'::regnamespace
 UNION ALL SELECT 'index ' || indexname, indexdef FROM pg_indexes WHERE schemaname = 'public'
-UNION ALL SELECT 'options ' || relname, reloptions::text FROM pg_class
+UNION ALL SELECT 'options ' || relname, ARRAY(SELECT unnest(reloptions) ORDER BY 1)::text FROM pg_class
     WHERE relnamespace = 'public'::regnamespace AND relkind = 'r'
 """
 

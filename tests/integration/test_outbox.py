@@ -30,7 +30,7 @@ async def nothing_is_due(connection: asyncpg.Connection) -> None:
 
 
 async def due(connection: asyncpg.Connection, shards: Iterable[int] = EVERYTHING, limit: int = 1000) -> list[UUID]:
-    return [message.id for message in await outbox.fetch_due(connection, list(shards), limit)]
+    return [message.id for message in (await outbox.fetch_due(connection, list(shards), limit)).messages]
 
 
 def failure(attempt: int) -> Failure:
@@ -52,7 +52,7 @@ async def test_what_is_appended_is_fetched_as_it_was(connection: asyncpg.Connect
         headers={"traceparent": "00-ab"},
     )
     await outbox.append(connection, [message])
-    (fetched,) = await outbox.fetch_due(connection, EVERYTHING, 10)
+    (fetched,) = (await outbox.fetch_due(connection, EVERYTHING, 10)).messages
     assert isinstance(fetched.payload, str)
     assert json.loads(fetched.payload) == message.payload
     assert (fetched.id, fetched.type, fetched.aggregate_id, fetched.attempt) == (
@@ -75,7 +75,7 @@ async def test_an_event_is_written_with_its_cause_or_not_at_all(connection: asyn
 async def test_order_within_an_aggregate_is_the_order_of_its_rows(connection: asyncpg.Connection) -> None:
     aggregates = [uuid4() for _ in range(5)]
     written = [(aggregate, await insert_event(connection, aggregate)) for _ in range(6) for aggregate in aggregates]
-    fetched = await outbox.fetch_due(connection, EVERYTHING, 1000)
+    fetched = (await outbox.fetch_due(connection, EVERYTHING, 1000)).messages
     assert [(message.aggregate_id, message.id) for message in fetched] == written
 
 
@@ -107,7 +107,7 @@ async def test_a_row_that_becomes_visible_late_is_not_lost(connection: asyncpg.C
         await transaction.start()
         late = await insert_event(slow)
         early = await insert_event(connection)
-        (message,) = await outbox.fetch_due(connection, EVERYTHING, 10)
+        (message,) = (await outbox.fetch_due(connection, EVERYTHING, 10)).messages
         assert message.id == early
         await outbox.mark_published_if_attempt(connection, [message])
         await transaction.commit()
@@ -125,7 +125,7 @@ async def test_scheduled_rows_come_when_they_are_due_and_not_before(connection: 
     assert 3500 < seconds <= 3600
     await connection.execute("UPDATE outbox SET available_at = now()")
     assert await due(connection) == [event_id]
-    (message,) = await outbox.fetch_due(connection, EVERYTHING, 10)
+    (message,) = (await outbox.fetch_due(connection, EVERYTHING, 10)).messages
     await outbox.mark_published_if_attempt(connection, [message])
     assert await due(connection) == []
     assert await outbox.next_due(connection, EVERYTHING) is None
@@ -140,7 +140,7 @@ async def test_a_buried_row_is_never_due_and_wakes_nobody(connection: asyncpg.Co
 
 async def test_a_mark_clears_no_retry_that_was_scheduled_meanwhile(connection: asyncpg.Connection, database_url: str) -> None:
     event_id = await insert_event(connection)
-    sent = await outbox.fetch_due(connection, EVERYTHING, 10)
+    sent = (await outbox.fetch_due(connection, EVERYTHING, 10)).messages
     async with opened(database_url) as database:
         # The consumer was faster than the relay's mark.
         assert await retry(database, event_id, attempt=1)
@@ -153,7 +153,7 @@ async def test_a_mark_clears_no_retry_that_was_scheduled_meanwhile(connection: a
 
 async def test_a_mark_does_not_move_the_time_of_the_first_acknowledgement(connection: asyncpg.Connection) -> None:
     await insert_event(connection)
-    sent = await outbox.fetch_due(connection, EVERYTHING, 10)
+    sent = (await outbox.fetch_due(connection, EVERYTHING, 10)).messages
     await outbox.mark_published_if_attempt(connection, sent)
     first = await connection.fetchval("SELECT published_at FROM outbox")
     await outbox.mark_published_if_attempt(connection, sent)

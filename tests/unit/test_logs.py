@@ -9,7 +9,7 @@ import re
 import subprocess
 import sys
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 from threading import Event, Thread
@@ -161,19 +161,19 @@ def test_colours_are_added_and_nothing_else() -> None:
 
 def test_lines_arrive_soon_and_in_order(pipe: Pipe) -> None:
     writer = line_writer(pipe.writing)
-    writer.write(b"one\n")
-    writer.write(b"two\n")
+    writer.write([b"one\n"])
+    writer.write([b"two\n"])
     assert pipe.read() == b"one\ntwo\n"
     assert writer.close()
 
 
 def test_flush_and_close_write_what_is_left(pipe: Pipe) -> None:
     writer = line_writer(pipe.writing, latency=LIMIT)
-    writer.write(b"one\n")
+    writer.write([b"one\n"])
     assert writer.flush()
     assert pipe.read() == b"one\n"
     assert writer.flush()
-    writer.write(b"two\n")
+    writer.write([b"two\n"])
     assert writer.close()
     assert pipe.read_all() == b"two\n"
 
@@ -189,7 +189,7 @@ def test_a_full_pipe_stops_nobody_and_lost_lines_are_counted(pipe: Pipe) -> None
     writer = line_writer(pipe.writing, limit=200_000, on_dropped=on_dropped)
     line = b"x" * 999 + b"\n"
     for _ in range(1000):
-        writer.write(line)
+        writer.write([line])
     assert not writer.flush(0.1)
     assert not told
 
@@ -216,7 +216,7 @@ def test_a_full_pipe_stops_nobody_and_lost_lines_are_counted(pipe: Pipe) -> None
 def test_close_does_not_wait_for_a_reader_that_does_not_read(pipe: Pipe) -> None:
     writer = line_writer(pipe.writing)
     for _ in range(1000):
-        writer.write(b"x" * 999 + b"\n")
+        writer.write([b"x" * 999 + b"\n"])
     assert not writer.close(0.1)
     while writer.close(0.01) is False:
         pipe.read()
@@ -228,7 +228,7 @@ def test_a_closed_reader_is_told_once_and_the_rest_let_go(pipe: Pipe) -> None:
     os.close(pipe.reading)
     pipe.reading = -1
     for _ in range(3):
-        writer.write(b"line\n")
+        writer.write([b"line\n"])
         assert writer.flush(LIMIT)
     assert told == [True]
     assert writer.close()
@@ -241,7 +241,7 @@ def test_a_full_disk_loses_lines_and_nothing_else() -> None:
     descriptor = os.open("/dev/full", os.O_WRONLY)
     writer = line_writer(descriptor, on_dropped=told.append)
     for _ in range(5):
-        writer.write(b"line\n")
+        writer.write([b"line\n"])
         assert writer.flush(LIMIT)
     # A report would be lost as well, and be reported, and so on.
     assert told == []
@@ -254,7 +254,7 @@ def test_a_non_blocking_descriptor_is_waited_for(pipe: Pipe) -> None:
     writer = line_writer(pipe.writing)
     total = 300 * 1000
     for _ in range(300):
-        writer.write(b"x" * 999 + b"\n")
+        writer.write([b"x" * 999 + b"\n"])
     received = b""
     while len(received) < total:
         received += pipe.read()
@@ -266,13 +266,14 @@ def test_a_line_that_is_logged_by_the_garbage_collector_inside_write(pipe: Pipe)
     writer = line_writer(pipe.writing, latency=LIMIT)
 
     class Logs(list[bytes]):
-        def append(self, line: bytes) -> None:
-            if not line.startswith(b"again"):
-                writer.write(b"again " + line)
-            super().append(line)
+        def extend(self, lines: Iterable[bytes]) -> None:
+            lines = list(lines)
+            if not lines[0].startswith(b"again"):
+                writer.write([b"again " + lines[0]])
+            super().extend(lines)
 
     writer._lines = Logs()
-    writing = Thread(target=writer.write, args=(b"line\n",), daemon=True)
+    writing = Thread(target=writer.write, args=([b"line\n"],), daemon=True)
     writing.start()
     writing.join(LIMIT)
     assert not writing.is_alive()
@@ -286,7 +287,7 @@ def test_lines_of_processes_that_share_a_pipe_do_not_mix() -> None:
     writer = LineWriter(1, on_dropped=print, on_closed=print)
     for number in range(3000):
         line = {"type": "LINE", "who": sys.argv[1], "number": number, "x": "x" * (number % 900)}
-        writer.write(json.dumps(line).encode() + b"\\n")
+        writer.write([json.dumps(line).encode() + b"\\n"])
         if number % 100 == 0:
             writer.flush(20)
     assert writer.close(20)
@@ -308,7 +309,7 @@ def test_lines_of_processes_that_share_a_pipe_do_not_mix() -> None:
 @pytest.fixture
 def facts() -> Iterator[list[tuple[str, str, dict[str, Any]]]]:
     seen: list[tuple[str, str, dict[str, Any]]] = []
-    with telemetry.subscribed(lambda *fact: seen.append(fact)):
+    with telemetry.subscribed(lambda service, event, facts: seen.extend((service, event, fields) for fields in facts)):
         yield seen
 
 
@@ -337,9 +338,9 @@ def test_no_password_reaches_the_log(pipe: Pipe) -> None:
         database_url="postgresql://me:s%20ecret@db/x", database_direct_url="postgresql://me:b@db/x", kafka_password="k4fka-pw"
     )  # fmt: skip
     log = LogWriter(JsonFormat(), line_writer(pipe.writing), masks_for(settings))
-    log.take(PROCESS, "ROLE_CRASHED", {"error": "bad DSN postgresql://me:s%20ecret@db/x (s ecret, k4fka-pw)"})
-    log.take(PROCESS, "ROLE_WAITING", {"reason": "cannot be reached: me:b@db"})
-    log.take(WORKER, "PROCESSING_ERROR", {"error": ConnectionError("k4fka-pw")})
+    log.take(PROCESS, "ROLE_CRASHED", ({"error": "bad DSN postgresql://me:s%20ecret@db/x (s ecret, k4fka-pw)"},))
+    log.take(PROCESS, "ROLE_WAITING", ({"reason": "cannot be reached: me:b@db"},))
+    log.take(WORKER, "PROCESSING_ERROR", ({"error": ConnectionError("k4fka-pw")},))
     assert log.close()
     lines = [json.loads(line) for line in pipe.read_all().splitlines()]
     assert lines[0]["error"] == "bad DSN postgresql://me:***@db/x (***, ***)"

@@ -173,10 +173,10 @@ async def test_the_metrics_line_comes_regularly_and_at_the_end() -> None:
     totals = Totals()
     stopping = asyncio.Event()
 
-    def collect(service: str, event: str, fields: dict[str, Any]) -> None:
+    def collect(service: str, event: str, facts: telemetry.Facts) -> None:
         if event == "METRICS":
             assert service == WORKER
-            lines.put_nowait(fields)
+            lines.put_nowait(facts[0])
 
     with telemetry.subscribed(totals.take), telemetry.subscribed(collect):
         line = asyncio.create_task(metrics_line(load(metrics_interval_seconds=0.01, worker_id="w"), totals, stopping))

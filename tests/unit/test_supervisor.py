@@ -56,7 +56,7 @@ def crash(error: BaseException) -> Run:
 @pytest.fixture
 def facts() -> Iterator[list[tuple[str, dict[str, Any]]]]:
     seen: list[tuple[str, dict[str, Any]]] = []
-    with telemetry.subscribed(lambda _service, event, fields: seen.append((event, fields))):
+    with telemetry.subscribed(lambda _service, event, facts: seen.extend((event, fields) for fields in facts)):
         yield seen
 
 

@@ -7,23 +7,25 @@ import asyncpg
 from orderflow.audit import RECONCILE_HORIZON
 from orderflow.commands.checks import Check, ok, problem, warning
 from orderflow.commands.output import duration
+from orderflow.engine.low_water import NEVER_PUBLISHED
 
 ABOUT = "backlog"
 # A row that is due waits for a relay: longer than this, in seconds, and none is at work.
 RELAY_TOLERANCE = 10.0
 
-_DUE = """
+_DUE = f"""
 SELECT count(*) AS rows,
        coalesce(extract(epoch FROM max(now() - greatest(created_at, available_at))), 0)::float8 AS oldest
-FROM outbox WHERE published_at IS NULL AND (available_at IS NULL OR available_at <= now())
+FROM ({NEVER_PUBLISHED} UNION ALL
+      SELECT * FROM outbox WHERE available_at <= now() AND available_at < 'infinity' AND published_at IS NULL) AS due
 """
 _SCHEDULED = """
 SELECT count(*) AS rows, extract(epoch FROM min(available_at) - now())::float8 AS next
-FROM outbox WHERE published_at IS NULL AND available_at > now() AND available_at < 'infinity'
+FROM outbox WHERE available_at > now() AND available_at < 'infinity' AND published_at IS NULL
 """
 _IN_FLIGHT = """
 SELECT count(*) AS orders, count(*) FILTER (WHERE updated_at < now() - make_interval(secs => $1)) AS stuck
-FROM orders WHERE state IN ('CREATED', 'PAYMENT_PENDING')
+FROM orders WHERE in_flight
 """
 _DEAD = "SELECT count(*) AS letters, min(failed_at) AS oldest FROM dead_letter_events WHERE discarded_at IS NULL"
 
