@@ -98,11 +98,7 @@ def services(settings: Settings, roles: Sequence[Role], health: Health, totals: 
         )
     if "publisher" in roles:
         chosen.append(relay_of(settings, kafka, woken, health))
-        chosen.append(
-            Janitor(
-                opener(settings, "janitor", timeout=JANITOR_TIMEOUT_SECONDS, by_index=False), horizon=settings.reconcile_seconds
-            )
-        )
+        chosen.append(Janitor(opener(settings, "janitor", timeout=JANITOR_TIMEOUT_SECONDS), horizon=settings.reconcile_seconds))
     if "worker" in roles:
         chosen.append(_MeasuredWorker(worker_of(settings, kafka, health), settings, totals))
     chosen.append(Probes(health, settings.kafka_bootstrap_servers, None if "api" in roles else settings.database_url))
@@ -161,15 +157,13 @@ def kafka_of(settings: Settings) -> Kafka:
     )  # fmt: skip
 
 
-def opener(
-    settings: Settings, role: str, *, timeout: float | None = None, by_index: bool = True
-) -> Callable[[], Awaitable[Database]]:
+def opener(settings: Settings, role: str, *, timeout: float | None = None) -> Callable[[], Awaitable[Database]]:
     """Opens a role's own pool, and refuses a schema that this program was not written for."""
 
     async def open_database() -> Database:
         database = await Database.open(
             settings.database_url, size=settings.database_pool_size, timeout=timeout or settings.database_timeout_seconds,
-            application=f"orderflow {role}", statement_cache=settings.database_statement_cache, by_index=by_index,
+            application=f"orderflow {role}", statement_cache=settings.database_statement_cache, by_index=True,
         )  # fmt: skip
         try:
             async with database.acquire() as connection:

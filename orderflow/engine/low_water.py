@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from orderflow.engine.outbox import SHARDS
 from orderflow.engine.postgres import Connection
 
-# All in seconds. How far behind its newest position a round begins.
+# All in seconds. How far behind its newest position a round begins, at the least.
 BEHIND = 0.25
 # How often a busy relay begins at the low-water mark, and what share of its time that may take when the mark is far behind, as
 # while somebody's transaction with a row for the outbox stays open.
@@ -63,8 +63,10 @@ class Positions:
     def __init__(self) -> None:
         self._low: dict[int, int] = {}
         self._newest: dict[int, int] = {}
+        # What `_newest` was one to two times BEHIND ago, and what takes its place next.
         self._recent: dict[int, int] = {}
-        self._recent_at = 0.0
+        self._snapshot: dict[int, int] = {}
+        self._snapshot_at = 0.0
         self._busy_at = 0.0
         self._sweeping = False
         self._began = 0.0
@@ -81,11 +83,11 @@ class Positions:
             # What was known of a shard that was another relay's meanwhile is worth nothing.
             rows = {row["shard"]: row["seq"] for row in await connection.fetch(_LOAD, shards)}
             self._low = {shard: rows.get(shard, 0) for shard in shards}
-            self._newest, self._recent = dict(self._low), dict(self._low)
+            self._newest, self._snapshot, self._recent = dict(self._low), dict(self._low), dict(self._low)
             self._sweep_at = now
         self._sweeping = now >= self._sweep_at or now - self._busy_at >= BEHIND
-        if not self._sweeping and now - self._recent_at >= BEHIND:
-            self._recent, self._newest, self._recent_at = self._newest, dict(self._newest), now
+        if now - self._snapshot_at >= BEHIND:
+            self._recent, self._snapshot, self._snapshot_at = self._snapshot, dict(self._newest), now
         return [(self._low if self._sweeping else self._recent)[shard] for shard in shards]
 
     async def handled(self, connection: Connection, reached: dict[int, int], full: set[int]) -> None:

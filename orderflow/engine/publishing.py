@@ -8,11 +8,11 @@ from functools import lru_cache
 
 from aiokafka import AIOKafkaProducer
 from aiokafka.errors import KafkaError, MessageSizeTooLargeError
-from aiokafka.partitioner import murmur2
 from aiokafka.producer.message_accumulator import BatchBuilder
 
 from orderflow.engine.kafka import MAX_RECORD_BYTES, Kafka, bounded
-from orderflow.engine.message import Message
+from orderflow.engine.message import OUR_HEADERS, Message
+from orderflow.engine.partition import partition_of
 from orderflow.engine.telemetry import PUBLISHER, emit
 
 # Errors of one record, whatever else the cluster can do: sending it again cannot help.
@@ -21,8 +21,8 @@ UNPUBLISHABLE = (MessageSizeTooLargeError, UnicodeEncodeError)
 # What a record weighs besides its key, value and headers, at the most.
 _OVERHEAD_BYTES = 100
 
-# An aggregate has several events, close to each other in time; the hash is pure Python, and the dearest step of a send.
-_hash = lru_cache(maxsize=8192)(murmur2)
+# An aggregate has several events, close to each other in time.
+_partition_of = lru_cache(maxsize=8192)(partition_of)
 
 
 class _Batch:
@@ -73,8 +73,7 @@ class Publishing:
             try:
                 key, value, headers = message.encode()
                 _refuse_too_large(key, value, headers)
-                # The Java client's default: the same key in the same partition, whoever else writes to the topic.
-                partition = (_hash(key) & 0x7FFF_FFFF) % partitions
+                partition = _partition_of(key, partitions)
                 batch = last.get(partition)
                 if batch is None or batch.builder.append(timestamp=None, key=key, value=value, headers=headers) is None:
                     batch = last[partition] = _Batch(partition, self._producer.create_batch())
@@ -110,6 +109,8 @@ class Publishing:
 
 def _refuse_too_large(key: bytes, value: bytes, headers: Sequence[tuple[str, bytes]]) -> None:
     # The batch interface leaves out the check that `send` makes: the broker would refuse the whole batch.
+    if len(value) < MAX_RECORD_BYTES // 4 and len(headers) == len(OUR_HEADERS):
+        return
     size = _OVERHEAD_BYTES + len(key) + len(value) + sum(len(name) + len(text) + 10 for name, text in headers)
     if size > MAX_RECORD_BYTES:
         raise MessageSizeTooLargeError(f"the record has {size} bytes, and the limit is {MAX_RECORD_BYTES}")

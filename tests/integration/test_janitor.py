@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-from uuid import UUID
+from uuid import UUID, uuid4
 
 import asyncpg
+import pytest
 from aiokafka import AIOKafkaConsumer, TopicPartition
 
 from orderflow.app import kafka_of, relay_of, worker_of
+from orderflow.engine import janitor as janitor_module
 from orderflow.engine.janitor import JANITOR_LOCK, Janitor
 from orderflow.health import Health
 from tests.pipeline import opened, opening, running, settings_for, watching
@@ -75,7 +77,7 @@ async def test_what_is_lost_later_is_found_by_a_janitor_that_has_looked_before(
             await connection.execute("UPDATE outbox SET published_at = now() WHERE event_id = $1", event_id)
             assert await janitor.run_once(database) == 0
             assert await janitor.run_once(database) == 0
-            await connection.execute("UPDATE outbox SET published_at = now() - interval '1 min' WHERE event_id = $1", event_id)
+            await connection.execute(LONG_AGO, [event_id])
             assert await janitor.run_once(database) == 1
             await connection.execute("UPDATE outbox SET published_at = now() WHERE event_id = $1", event_id)
             await connection.execute("INSERT INTO processed_events VALUES ($1, 'w')", event_id)
@@ -100,6 +102,40 @@ async def test_an_old_event_that_comes_back_by_a_redrive_is_still_looked_after(
 
 async def finds_something(janitor: Janitor, database: object) -> bool:
     return await janitor.run_once(database) == 1  # type: ignore[arg-type]
+
+
+async def test_what_waited_for_a_retry_when_its_time_came_is_watched(connection: asyncpg.Connection, database_url: str) -> None:
+    janitor = janitor_of(database_url)
+    event_id = await insert_event(connection)
+    async with opened(database_url) as database:
+        assert await janitor.run_once(database) == 0
+        await connection.execute(LONG_AGO, [event_id])
+        await connection.execute("UPDATE outbox SET published_at = NULL, available_at = now() + interval '1 hour'")
+        assert await janitor.run_once(database) == 0
+        # Its retry was published, and lost.
+        await connection.execute(LONG_AGO, [event_id])
+        await connection.execute("UPDATE outbox SET available_at = NULL")
+        assert await janitor.run_once(database) == 1
+        await connection.execute("INSERT INTO processed_events VALUES ($1, 'w')", event_id)
+        await connection.execute(LONG_AGO, [event_id])
+        assert await janitor.run_once(database) == 0
+    assert janitor._watched == set()
+
+
+async def test_the_patrol_comes_round_page_by_page(
+    connection: asyncpg.Connection, database_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(janitor_module, "PAGE", 1)
+    aggregate = uuid4()
+    events = [await insert_event(connection, aggregate) for _ in range(6)]
+    await connection.execute(LONG_AGO, events)
+    await connection.execute("INSERT INTO processed_events SELECT unnest($1::uuid[]), 'w'", events[:5])
+    async with opened(database_url) as database:
+        janitor = janitor_of(database_url)
+        for _ in range(5):
+            assert await janitor.run_once(database) == 0
+        assert await janitor.run_once(database) == 1
+    assert await due(connection) == {events[5]}
 
 
 async def test_one_janitor_at_a_time(connection: asyncpg.Connection, database_url: str) -> None:
