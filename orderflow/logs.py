@@ -57,7 +57,8 @@ def install(settings: Settings, *, descriptor: int = 1, limit: int = LIMIT_BYTES
         LineWriter(descriptor, limit=limit, on_dropped=_say_dropped, on_closed=_drain),
         masks_for(settings),
     )
-    telemetry.subscribe(log.take)
+    if settings.log_format != "off":
+        telemetry.subscribe(log.take)
     handler = LibraryWarnings()
     root = logging.getLogger()
     root.handlers = [handler]

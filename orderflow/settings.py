@@ -14,7 +14,7 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 
 Role = Literal["api", "publisher", "worker"]
 ROLES: tuple[Role, ...] = ("api", "publisher", "worker")
-LogFormat = Literal["json", "console", "auto"]
+LogFormat = Literal["json", "console", "auto", "off"]
 
 Positive = Annotated[int, Field(ge=1)]
 Milliseconds = Annotated[int, Field(ge=0)]

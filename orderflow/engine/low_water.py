@@ -18,7 +18,7 @@ from orderflow.engine.outbox import SHARDS
 from orderflow.engine.postgres import Connection
 
 # All in seconds. How far behind its newest position a round begins, at the least.
-BEHIND = 0.25
+BEHIND = 0.1
 # How often a busy relay begins at the low-water mark, and what share of its time that may take when the mark is far behind, as
 # while somebody's transaction with a row for the outbox stays open.
 SWEEP_EVERY = 1.0

@@ -22,6 +22,7 @@ WHERE o.event_id = ANY($1::uuid[])
 # id of another event would have that one skipped as processed. Nor without its
 # aggregate, for the types that tell of one of ours.
 _RECORD = """
+WITH recorded AS (
 INSERT INTO processed_events (event_id, worker_id)
 SELECT t.event_id, $4 FROM unnest($1::uuid[], $2::text[], $3::uuid[]) AS t(event_id, event_type, aggregate_id)
 JOIN outbox o ON o.event_id = t.event_id AND o.event_type = t.event_type AND o.aggregate_id = t.aggregate_id
@@ -29,7 +30,8 @@ LEFT JOIN dead_letter_events d ON d.event_id = t.event_id{joins}
 WHERE d.event_id IS NULL{exists}
 ORDER BY t.event_id
 ON CONFLICT (event_id) DO NOTHING
-RETURNING event_id
+RETURNING event_id)
+SELECT CASE WHEN count(*) < cardinality($1) THEN coalesce(array_agg(event_id), '{{}}') END FROM recorded
 """
 
 
@@ -75,8 +77,11 @@ async def record(database: Database, statement: str, messages: Sequence[Message]
 
     False for each that was decided before, or has no outbox row of its type and aggregate, or no aggregate.
     """
-    rows = await database.fetch(
+    recorded: list[UUID] | None = await database.fetchval(
         statement, [m.id for m in messages], [m.type for m in messages], [m.aggregate_id for m in messages], worker_id
     )
-    recorded = {row["event_id"] for row in rows}
-    return [m.id in recorded for m in messages]
+    # Nearly always all of them, and then they are not named.
+    if recorded is None:
+        return [True] * len(messages)
+    found = set(recorded)
+    return [m.id in found for m in messages]

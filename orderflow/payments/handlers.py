@@ -187,18 +187,15 @@ class ChargeHandler(FailOrder):
 
 
 def _settlement(message: Message, order: Begun, charge: Charge | None) -> Settlement:
-    order_id = str(order.order_id)
     # Written by hand: of ids and a number, nothing needs an escape.
-    payload = f'"orderId":"{order_id}","userId":"{order.user_id}","amount":"{order.amount}"'
+    payload = f'"orderId":"{order.order_id}","userId":"{order.user_id}","amount":"{order.amount}"'
     if charge is not None:
-        state, failure, event_type = State.PAID, None, "OrderPaid"
         payload = f'{{{payload},"chargeId":"{charge.id}"}}'
     else:
-        state, failure, event_type = State.FAILED, Failure.DECLINED.value, "OrderFailed"
-        payload = f'{{{payload},"reason":"Payment declined","failure":"{failure}"}}'
+        payload = f'{{{payload},"reason":"Payment declined","failure":"{Failure.DECLINED.value}"}}'
     trace = message.trace() if message.headers else None
     return Settlement(
-        message.id, order.order_id, order.version, state, failure, event_type, payload,
+        message.id, order.order_id, order.version, charge is not None, payload,
         orjson.dumps(trace).decode() if trace else None, message.created_at,
     )  # fmt: skip
 
@@ -216,7 +213,7 @@ def _tell_settled(group: Sequence[Settlement]) -> None:
     old = State.PAYMENT_PENDING.value
     emit_each(
         WORKER, "PAYMENT_RESULT",
-        [{"orderId": s.order_id, "status": "DECLINED" if s.failure else "SUCCESS"} for s in group],
+        [{"orderId": s.order_id, "status": "SUCCESS" if s.paid else "DECLINED"} for s in group],
     )  # fmt: skip
     emit_each(WORKER, "STATE_CHANGE", [{"orderId": s.order_id, "oldState": old, "newState": s.state.value} for s in group])
     for settlement in group:

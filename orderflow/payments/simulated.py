@@ -21,14 +21,18 @@ from orderflow.payments.gateway import Charge, ChargeFailed, ChargeRequest, Char
 
 # The ledger is written in one statement for many charges, as any service of that size would do.
 _CHARGE = """
-INSERT INTO gateway_charges (id, idempotency_key, reference, amount, status)
-SELECT i.id, i.key, i.reference, i.amount,
-       CASE WHEN c.mode = 'succeed' OR c.mode <> 'decline' AND i.succeeds THEN 'settled' ELSE 'declined' END
-FROM unnest($1::uuid[], $2::text[], $3::uuid[], $4::numeric[], $5::boolean[]) AS i(id, key, reference, amount, succeeds)
-     CROSS JOIN (SELECT coalesce((SELECT mode FROM gateway_control), 'random') AS mode) AS c
-WHERE c.mode NOT IN ('error', 'hang') ORDER BY i.key
-ON CONFLICT (idempotency_key) DO NOTHING
-RETURNING idempotency_key, (SELECT mode FROM gateway_control), id, status, created_at
+WITH control AS (SELECT coalesce((SELECT mode FROM gateway_control), 'random') AS mode),
+written AS (
+    INSERT INTO gateway_charges (id, idempotency_key, reference, amount, status)
+    SELECT i.id, i.key, i.reference, i.amount,
+           CASE WHEN c.mode = 'succeed' OR c.mode <> 'decline' AND i.succeeds THEN 'settled' ELSE 'declined' END
+    FROM control c CROSS JOIN unnest($1::uuid[], $2::text[], $3::uuid[], $4::numeric[], $5::boolean[])
+                              AS i(id, key, reference, amount, succeeds)
+    WHERE c.mode NOT IN ('error', 'hang') ORDER BY i.key
+    ON CONFLICT (idempotency_key) DO NOTHING
+    RETURNING id)
+SELECT (SELECT mode FROM control), now(),
+       (SELECT CASE WHEN count(*) < cardinality($1) THEN coalesce(array_agg(id), '{}') END FROM written)
 """
 
 # A key that has a charge gets that one, whatever the mode is now. (After the INSERT, whose snapshot does not show a charge to
@@ -130,19 +134,27 @@ class SimulatedGateway:
         return Charge(entry.id, request.reference, request.amount, entry.created_at)
 
     async def _charge(self, requests: Sequence[ChargeRequest]) -> list[_Entry]:
-        rows = await self._database.fetch(
+        ids = [new_id() for _ in requests]
+        succeeds = [self.would_succeed(request.reference) for request in requests]
+        row = await self._database.fetchrow(
             _CHARGE,
-            [new_id() for _ in requests],
+            ids,
             [request.idempotency_key for request in requests],
             [request.reference for request in requests],
             [request.amount for request in requests],
-            [self.would_succeed(request.reference) for request in requests],
+            succeeds,
         )
-        entries = {key: _Entry(mode, charge_id, status, at, True) for key, mode, charge_id, status, at in rows}
-        if left := [request.idempotency_key for request in requests if request.idempotency_key not in entries]:
-            rows = await self._database.fetch(_LOOK_UP, left)
-            entries |= {key: _Entry(mode, charge_id, status, at, False) for key, mode, charge_id, status, at in rows}
-        return [entries[request.idempotency_key] for request in requests]
+        assert row is not None
+        mode, now, written = row
+        settled = ["settled" if mode == Mode.SUCCEED or (mode != Mode.DECLINE and drawn) else "declined" for drawn in succeeds]
+        entries = [_Entry(mode, charge_id, status, now, True) for charge_id, status in zip(ids, settled, strict=True)]
+        if written is None:
+            return entries
+        fresh = set(written)
+        left = [request.idempotency_key for request, charge_id in zip(requests, ids, strict=True) if charge_id not in fresh]
+        rows = await self._database.fetch(_LOOK_UP, left)
+        found = {key: _Entry(then, charge_id, status, at, False) for key, then, charge_id, status, at in rows}
+        return [found.get(request.idempotency_key, entry) for request, entry in zip(requests, entries, strict=True)]
 
     async def _find(self, references: Sequence[UUID]) -> list[Charge | None]:
         rows = await self._database.fetch(_FIND, references)

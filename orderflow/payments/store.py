@@ -14,16 +14,17 @@ from orderflow.engine.postgres import Connection, Database
 from orderflow.engine.processed import Known, look_up
 from orderflow.orders.model import State
 
-# The common case in one statement: our event, neither processed nor buried nor overtaken, of an order that is CREATED.
+# The common case in one statement: our event, neither processed nor buried nor overtaken, of an order that is CREATED. Rows are
+# told by their place in the group: the caller has all their ids.
 _BEGIN_IF_FRESH = """
 UPDATE orders o SET state = 'PAYMENT_PENDING', version = 2, updated_at = now(), entered_at = o.entered_at || now()
-FROM unnest($1::uuid[], $2::uuid[], $3::integer[]) AS i(event_id, order_id, attempt)
+FROM unnest($1::uuid[], $2::uuid[], $3::integer[]) WITH ORDINALITY AS i(event_id, order_id, attempt, place)
      JOIN outbox e ON e.event_id = i.event_id AND e.aggregate_id = i.order_id
      LEFT JOIN processed_events p ON p.event_id = i.event_id
      LEFT JOIN dead_letter_events d ON d.event_id = i.event_id
 WHERE o.id = i.order_id AND o.state = 'CREATED' AND o.version = 1
   AND e.event_type = 'OrderCreated' AND e.attempt <= i.attempt AND p.event_id IS NULL AND d.event_id IS NULL
-RETURNING e.event_id, o.id, o.user_id, o.amount, e.attempt, e.first_attempt
+RETURNING i.place, o.user_id, o.amount, e.attempt, e.first_attempt
 """
 
 _BEGIN = """
@@ -38,19 +39,19 @@ _STANDING = "SELECT id, user_id, amount, state, version FROM orders WHERE id = A
 # is not held behind the other): an UPDATE takes one of them.
 _SETTLE = """
 WITH moved AS (
-    UPDATE orders o SET state = i.state, version = o.version + 1, failure = i.failure, updated_at = now(),
-                        entered_at = o.entered_at || now()
-    FROM unnest($1::uuid[], $2::uuid[], $3::integer[], $4::text[], $5::text[], $6::uuid[], $7::text[], $8::jsonb[], $9::jsonb[])
-                  AS i(event_id, order_id, version, state, failure, new_event_id, new_event_type, payload, headers)
+    UPDATE orders o SET state = CASE WHEN i.paid THEN 'PAID' ELSE 'FAILED' END, version = o.version + 1, updated_at = now(),
+                        failure = CASE WHEN NOT i.paid THEN 'declined' END, entered_at = o.entered_at || now()
+    FROM unnest($1::uuid[], $2::uuid[], $3::integer[], $4::boolean[], $5::uuid[], $6::jsonb[], $7::jsonb[])
+         AS i(event_id, order_id, version, paid, new_event_id, payload, headers)
     WHERE o.id = i.order_id AND o.state = 'PAYMENT_PENDING' AND o.version = i.version
     RETURNING i.*),
 recorded AS (
-    INSERT INTO processed_events (event_id, worker_id) SELECT event_id, $10 FROM moved
+    INSERT INTO processed_events (event_id, worker_id) SELECT event_id, $8 FROM moved
     ON CONFLICT (event_id) DO NOTHING),
 announced AS (
     INSERT INTO outbox (event_id, event_type, aggregate_type, aggregate_id, payload, headers)
-    SELECT new_event_id, new_event_type, 'order', order_id, payload, headers FROM moved)
-SELECT new_event_id FROM moved
+    SELECT new_event_id, CASE WHEN paid THEN 'OrderPaid' ELSE 'OrderFailed' END, 'order', order_id, payload, headers FROM moved)
+SELECT CASE WHEN count(*) < cardinality($1) THEN coalesce(array_agg(new_event_id), '{}') END FROM moved
 """
 
 _FAIL = """
@@ -75,18 +76,22 @@ class Begun:
 
 @dataclass(slots=True)
 class Settlement:
-    """How an order ends: `state` PAID or FAILED; `payload` is the JSON text of the event that tells of it."""
+    """How an order ends, PAID or declined; `payload` is the JSON text of the event that tells of it, `since` when its order's
+    event was made.
+    """
 
     event_id: UUID
     order_id: UUID
     version: int
-    state: State
-    failure: str | None
-    event_type: str
+    paid: bool
     payload: str
     headers: str | None
-    # When the order's event was made: of interest to the metrics only.
     since: datetime
+
+    @property
+    def state(self) -> State:
+        """The order's, from then on."""
+        return State.PAID if self.paid else State.FAILED
 
 
 async def begin_if_fresh(database: Database, messages: Sequence[Message]) -> list[Known | None]:
@@ -94,15 +99,11 @@ async def begin_if_fresh(database: Database, messages: Sequence[Message]) -> lis
     rows = await database.fetch(
         _BEGIN_IF_FRESH, [m.id for m in messages], [m.aggregate_id for m in messages], [m.attempt for m in messages]
     )
-    begun: dict[UUID, Known | None] = {
-        event_id: Known(
-            "OrderCreated", order_id, attempt, first_attempt, False, False,
-            Begun(order_id, user_id, amount, State.PAYMENT_PENDING, 2, True),
-        )
-        for event_id, order_id, user_id, amount, attempt, first_attempt in rows
-    }  # fmt: skip
-    # Taken out one by one: of two deliveries of one event in a group, one has begun it.
-    results = [begun.pop(message.id, None) for message in messages]
+    results: list[Known | None] = [None] * len(messages)
+    for place, user_id, amount, attempt, first_attempt in rows:
+        order_id = messages[place - 1].aggregate_id
+        begun = Begun(order_id, user_id, amount, State.PAYMENT_PENDING, 2, True)
+        results[place - 1] = Known("OrderCreated", order_id, attempt, first_attempt, False, False, begun)
     if left := [message for message, known in zip(messages, results, strict=True) if known is None]:
         others = iter(await look_up(database, left))
         results = [known or next(others) for known in results]
@@ -129,21 +130,22 @@ async def begin_if_created(database: Database, order_ids: Sequence[UUID]) -> lis
 async def settle_if_pending(database: Database | Connection, settlements: Sequence[Settlement], worker_id: str) -> list[bool]:
     """PAYMENT_PENDING -> PAID or FAILED, the event recorded as processed, and the outcome's event: one statement."""
     new_ids = [new_id() for _ in settlements]
-    rows = await database.fetch(
+    settled: list[UUID] | None = await database.fetchval(
         _SETTLE,
         [s.event_id for s in settlements],
         [s.order_id for s in settlements],
         [s.version for s in settlements],
-        [s.state.value for s in settlements],
-        [s.failure for s in settlements],
+        [s.paid for s in settlements],
         new_ids,
-        [s.event_type for s in settlements],
         [s.payload for s in settlements],
-        [s.headers for s in settlements],
+        [s.headers for s in settlements] if any(s.headers for s in settlements) else None,
         worker_id,
     )
-    announced = {row["new_event_id"] for row in rows}
-    return [event_id in announced for event_id in new_ids]
+    # Nearly always all of them, and then they are not named.
+    if settled is None:
+        return [True] * len(settlements)
+    found = set(settled)
+    return [event_id in found for event_id in new_ids]
 
 
 async def fail_if_not_terminal(connection: Connection, order_id: UUID) -> int | None:
