@@ -68,6 +68,11 @@ bench: ## the benchmarks of the README
 	@$(setup_dev)
 	@exec $(BIN)/orderflow bench $(ARGS)
 
+.PHONY: bench-peers
+bench-peers: ## the same order flow on other Python stacks, beside ours; ARGS="--quick celery orderflow"
+	@$(setup_dev)
+	@exec $(BIN)/python -m bench.peers.measure $(ARGS)
+
 .PHONY: torture
 torture: ## load, a seeded plan of crashes and faults, then the audit; ARGS="--seconds 60 --seed 7"
 	@$(setup_dev)

@@ -52,7 +52,7 @@ async def run_roles(settings: Settings, roles: Sequence[Role]) -> int:
     # Thousands of short-lived tasks and futures a second: at the default threshold the collector walks all that lives on tens
     # of times a second, and finds nothing.
     gc.freeze()
-    gc.set_threshold(20_000, 20, 20)
+    gc.set_threshold(100_000, 50, 100)
     log = logs.install(settings)
     counts = metrics.install(settings)
     totals = metrics.Totals()

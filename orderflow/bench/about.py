@@ -12,6 +12,7 @@ from typing import Any
 from orderflow import __version__
 from orderflow.bench.program import PACKAGE_PARENT
 from orderflow.bench.servers import Servers
+from orderflow.settings import masked
 
 GIT_TIMEOUT = 10.0
 
@@ -57,7 +58,7 @@ def usable_cpus() -> int:
 async def about(servers: Servers, arguments: list[str]) -> dict[str, Any]:
     """The head of every report."""
     return {
-        "command": " ".join(["orderflow", *arguments]),
+        "command": " ".join(["orderflow", *(masked(argument) if "://" in argument else argument for argument in arguments)]),
         "orderflow": __version__,
         "commit": commit(),
         "python": f"{platform.python_implementation()} {platform.python_version()}",

@@ -1,6 +1,4 @@
-"""The load generator, a process of its own: `python -m orderflow.bench.load OPTIONS`, OPTIONS and its one line of output JSON.
-
-It ends after its time, or when its standard input does: so it outlives nobody who started it.
+"""The load generator for throughput, a process of its own (see apart): a closed loop, or clients who do not give up.
 
 Each accepted order's id is in the record file before the next request goes out on that connection: what the file holds, a
 client was told.
@@ -12,21 +10,25 @@ import asyncio
 import json
 import os
 import random
+import resource
 import sys
 import time
 import uuid
 from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from itertools import cycle
 from typing import Any
 
+from orderflow.bench.apart import on_end_of_input, serve
 from orderflow.bench.exchange import Address, Answer, Exchange, post_order
+from orderflow.bench.histogram import Histogram
 
 CONNECT_TIMEOUT = 5.0
 # Longer than the API may take for a request: a connection that stays silent is a failure and not a slow answer.
 LAST_ANSWERS_TIMEOUT = 30.0
 BODIES = 256
+# Of `accepted_over_time`, in seconds.
+SLOT = 0.25
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,15 +67,20 @@ class Summary:
     latency_p50: float = 0.0
     latency_p99: float = 0.0
     latency_max: float = 0.0
+    # A Histogram's JSON.
+    latencies: dict[str, Any] = field(default_factory=dict)
+    # Orders accepted in each SLOT seconds since the first was sent.
+    accepted_over_time: list[int] = field(default_factory=list)
+    # The generator's own: CPU time of the sending, and the peak of its memory.
+    cpu_seconds: float = 0.0
+    peak_bytes: int = 0
 
-    def take_latencies(self, latencies: Sequence[float]) -> None:
-        """Fill in the percentiles, from seconds."""
-        if latencies:
-            ordered = sorted(latencies)
-            at = len(ordered) - 1
-            self.latency_p50 = ordered[at // 2] * 1000
-            self.latency_p99 = ordered[at * 99 // 100] * 1000
-            self.latency_max = ordered[-1] * 1000
+    def take_latencies(self, latencies: Histogram) -> None:
+        """Fill in what tells of them."""
+        self.latency_p50 = latencies.percentile(0.5) * 1000
+        self.latency_p99 = latencies.percentile(0.99) * 1000
+        self.latency_max = latencies.largest * 1000
+        self.latencies = latencies.as_json()
 
 
 class Record:
@@ -107,11 +114,12 @@ class ClosedLoop:
         # Encoded beforehand: the generator's work is taken from the program that it measures.
         self._requests = cycle([post_order(self._address, order_body(source)) for _ in range(BODIES)])
         self._sent: dict[Exchange, float] = {}
-        self._latencies: list[float] = []
+        self._latencies = Histogram()
+        self._slots: Counter[int] = Counter()
         self._answers: Counter[str] = Counter()
         self._lost = 0
         self._record = Record(options.record)
-        self._end = 0.0
+        self._begun = self._end = 0.0
         self._idle = asyncio.Event()
 
     async def run(self) -> Summary:
@@ -119,8 +127,10 @@ class ClosedLoop:
         exchanges = [
             await Exchange.open(self._address, self._ended, timeout=CONNECT_TIMEOUT) for _ in range(self._options.connections)
         ]
+        before = cpu_seconds()
         summary = Summary(first_sent=time.time())
-        self._end = time.monotonic() + self._options.seconds
+        self._begun = time.monotonic()
+        self._end = self._begun + self._options.seconds
         on_end_of_input(self._stop)
         for exchange in exchanges:
             self._send(exchange)
@@ -136,6 +146,8 @@ class ClosedLoop:
         summary.accepted, summary.answers = self._answers["201"], dict(self._answers)
         summary.lost_connections = self._lost
         summary.take_latencies(self._latencies)
+        summary.accepted_over_time = [self._slots[slot] for slot in range(max(self._slots, default=-1) + 1)]
+        summary.cpu_seconds, summary.peak_bytes = cpu_seconds() - before, peak_bytes()
         return summary
 
     def _stop(self) -> None:
@@ -153,7 +165,8 @@ class ClosedLoop:
         else:
             if answer.status == 201:
                 self._record.accepted(answer.order_id)
-                self._latencies.append(now - sent)
+                self._latencies.record(now - sent)
+                self._slots[int((now - self._begun) / SLOT)] += 1
             self._answers[str(answer.status)] += 1
             if now < self._end:
                 self._send(exchange)
@@ -161,16 +174,16 @@ class ClosedLoop:
             self._idle.set()
 
 
-def on_end_of_input(stop: Callable[[], None]) -> None:
-    """Call `stop` when whoever started us closes our standard input, or dies."""
+def cpu_seconds() -> float:
+    """User and system time of this process until now."""
+    used = resource.getrusage(resource.RUSAGE_SELF)
+    return used.ru_utime + used.ru_stime
 
-    def readable() -> None:
-        if not os.read(0, 4096):
-            loop.remove_reader(0)
-            stop()
 
-    loop = asyncio.get_running_loop()
-    loop.add_reader(0, readable)
+def peak_bytes() -> int:
+    """The most memory that this process has held; macOS tells bytes, Linux kilobytes."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
 
 
 async def run(options: Options) -> Summary:
@@ -182,25 +195,8 @@ async def run(options: Options) -> Summary:
     return await ClosedLoop(options).run()
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Print the Summary as a line of JSON; 1 when the API could not be reached."""
-    text = (sys.argv[1:] if arguments is None else arguments)[0]
-    options = Options(**json.loads(text))
-    loop_factory: Any = None
-    try:
-        import uvloop
-
-        loop_factory = uvloop.new_event_loop
-    except ImportError:
-        pass
-    with asyncio.Runner(loop_factory=loop_factory) as runner:
-        try:
-            summary = runner.run(run(options))
-        except (OSError, TimeoutError) as error:
-            print(f"the load cannot reach {options.host}:{options.port}: {error}", file=sys.stderr)
-            return 1
-    print(json.dumps(asdict(summary)))
-    return 0
+def main() -> int:
+    return serve(Options, run)
 
 
 if __name__ == "__main__":

@@ -11,8 +11,10 @@ import time
 import uuid
 from collections import Counter
 
+from orderflow.bench.apart import on_end_of_input
 from orderflow.bench.exchange import Address, Answer, Exchange, post_order
-from orderflow.bench.load import CONNECT_TIMEOUT, Options, Record, Summary, on_end_of_input, order_body
+from orderflow.bench.histogram import Histogram
+from orderflow.bench.load import CONNECT_TIMEOUT, Options, Record, Summary, order_body
 
 ANSWER_TIMEOUT = 12.0
 RETRY_PAUSE = 0.2
@@ -29,7 +31,7 @@ class PersistentClients:
         self._address = Address(options.host, options.port)
         self._record = Record(options.record)
         self._answers: Counter[str] = Counter()
-        self._latencies: list[float] = []
+        self._latencies = Histogram()
         self._summary = Summary()
         self._end = 0.0
 
@@ -72,7 +74,7 @@ class PersistentClients:
         if order_id is None:
             self._summary.unresolved += 1
             return
-        self._latencies.append(time.monotonic() - begun)
+        self._latencies.record(time.monotonic() - begun)
         self._summary.accepted += 1
         self._record.accepted(order_id)
         if source.random() < ASK_AGAIN:

@@ -39,8 +39,11 @@ class Program:
         self.address = Address(ports.HOST, ports.free_port())
         self.log = directory / f"{name}.log"
         self._arguments = arguments
+        port = str(self.address.port)
+        # A process without the API says on the port for metrics that it is ready.
+        probed = {"ORDERFLOW_METRICS_PORT": port} if "--role" in arguments and "api" not in arguments else {}
         self._environment = environment_of(
-            {"ORDERFLOW_LOG_FORMAT": "json", **settings, "HTTP_PORT": str(self.address.port), "ORDERFLOW_HTTP_HOST": ports.HOST}
+            {"ORDERFLOW_LOG_FORMAT": "json", **probed, **settings, "HTTP_PORT": port, "ORDERFLOW_HTTP_HOST": ports.HOST}
         )
         self._directory = directory
         self._child: GuardedChild | None = None

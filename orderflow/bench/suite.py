@@ -1,59 +1,73 @@
-"""The suite: which benchmarks there are, in which order a round runs them, and what the rounds came to."""
+"""The suite: which benchmarks there are, what each needs beside it, and the rounds in which they alternate."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from contextlib import AsyncExitStack
 from pathlib import Path
 
-from orderflow.bench import latency, reference, startup, throughput
-from orderflow.bench.figures import Figure, best_of
+import asyncpg
+from aiokafka.errors import KafkaError
+
+from orderflow.bench import benchmarks, conditions, targets
+from orderflow.bench.context import Bench
+from orderflow.bench.extent import Extent
+from orderflow.bench.program import ProgramFailed
+from orderflow.bench.results import Results
 from orderflow.bench.servers import Servers
-from orderflow.bench.throughput import ONE_PROCESS, SPLITS, Audited, Throughput
+from orderflow.embedded.errors import EmbeddedError
+from orderflow.engine.patience import DependencyUnavailable
 
 NAMES: dict[str, str] = {
-    "B": "reference: pgbench, one order's five transactions step by step",
-    "E1": "end to end, HTTP to PAID, gateway 0 ms",
-    "E4": "the same with the gateway at its default of 500 ms",
-    "L1": "single orders at 20/s on an idle system",
-    "S1": "start until ready, and --help",
+    "A": "reference: bare aiohttp answers the same POST and stores nothing",
+    "B": "reference: pgbench -c 8, one order's five transactions step by step",
+    "C": "reference: a producer called right after the commit, no outbox",
+    "D": "reference: the same row changes by hand in groups of 500, SQL only",
+    "T1": "end to end, HTTP POST to PAID, gateway 0 ms, best role split",
+    "T2": "the same, all roles in one process",
+    "T3": "POST accepted durably, one API process",
+    "T4": "T1 with the gateway at 500 ms",
+    "T5": "commit to consumer at 50 events/s",
+    "T6": "commit to consumer at 500 events/s over 8 connections",
+    "T7": "HTTP POST to PAID at 20/s",
+    "T8": "the relay alone drains a backlog",
+    "T9": "growth: T1 with millions of settled orders there",
+    "T10": "T1 while a transaction pins xmin",
+    "T11": "T1 while 20 % of charges fail once",
+    "T12": "T1 while half of all events have one key",
+    "T13": "idle: CPU and statements",
+    "T14": "start until ready, and --help",
+    "T15": "resident memory when idle",
+    "T16": "T1 with more and more processes, and a rebalance",
+    "T17": "T1 with logging on against off",
+    "LOAD": "latency of T7 at rising rates, for the plot",
 }
 # A ratio is worth something only when its reference was measured in the same run.
-NEEDS: dict[str, tuple[str, ...]] = {"E1": ("B",), "E4": ("E1",)}
-DEFAULT_DELAY_MS = 500
-
-
-@dataclass(frozen=True, slots=True)
-class Extent:
-    """How much to measure; times in seconds."""
-
-    rounds: int = 3
-    seconds: float = 15.0
-    warm_up: float = 2.0
-    connections: int = 256
-    orders: int = 200
-
-
-@dataclass(slots=True)
-class Results:
-    """What the rounds came to. `throughputs` are the runs behind E1 and E4, in the order in which they ran."""
-
-    figures: list[Figure] = field(default_factory=list)
-    audits: list[Audited] = field(default_factory=list)
-    throughputs: list[Throughput] = field(default_factory=list)
-
-    @property
-    def problems(self) -> list[str]:
-        """Everything that makes the figures worthless."""
-        return [f"{audited.run}: {problem}" for audited in self.audits for problem in audited.problems]
+NEEDS: dict[str, tuple[str, ...]] = {
+    "T1": ("B", "D", "T2"), "T2": ("B",), "T3": ("A",), "T4": ("T1",), "T5": ("C",), "T6": ("C",), "T9": ("T1",),
+    "T10": ("T1",), "T11": ("T1",), "T12": ("T1",), "T15": ("T13",), "T17": ("T1",),
+}  # fmt: skip
+STEPS = benchmarks.STEPS | conditions.STEPS
+FAILURES = (
+    EmbeddedError, ProgramFailed, DependencyUnavailable, OSError, asyncpg.PostgresError, asyncpg.InterfaceError, KafkaError,
+)  # fmt: skip
 
 
 def with_needed(names: Iterable[str]) -> list[str]:
-    """The benchmarks to run for these names, their references included, in the order of NAMES; all for none."""
+    """The benchmarks to run for these names, each after what it needs; all for none."""
     wanted = set(names) or set(NAMES)
-    while more := {need for name in wanted for need in NEEDS.get(name, ())} - wanted:
-        wanted |= more
-    return [name for name in NAMES if name in wanted]
+    ordered: list[str] = []
+
+    def add(name: str) -> None:
+        for need in NEEDS.get(name, ()):
+            add(need)
+        if name not in ordered:
+            ordered.append(name)
+
+    for name in NAMES:
+        if name in wanted:
+            add(name)
+    return ordered
 
 
 class Suite:
@@ -71,78 +85,29 @@ class Suite:
         self._names = with_needed(names)
         self._extent = extent
         self._tell = tell
-        self._round = 0
-        self._measured = 0
-        self._measurements = extent.rounds * sum(len(SPLITS) if name == "E1" else 1 for name in self._names)
-        self.results = Results()
-        b = self._b = Figure("B", "pgbench -c 8, one order's five transactions", "orders/s")
-        self._e1 = {split: Figure(f"E1 {split}", "HTTP to PAID, gateway 0 ms", "orders/s", [], b) for split in SPLITS}
-        self._e4: Figure | None = None
-        self._l1 = [
-            Figure(f"L1 {what} {name}", text, "ms")
-            for what, text in (("published", "transaction's start to Kafka's acknowledgement"), ("PAID", "HTTP POST to PAID"))
-            for name in ("p50", "p99")
-        ]
-        self._s1 = [
-            Figure("S1 ready", "`orderflow run` to 200 on /readyz", "s"), Figure("S1 help", "`orderflow --help`", "s"),
-        ]  # fmt: skip
+        self.results = Results(targets.figures(extent))
 
     async def run(self) -> Results:
-        """All rounds. Raises EmbeddedError, ProgramFailed."""
-        steps = {"B": self._run_b, "E1": self._run_e1, "E4": self._run_e4, "L1": self._run_l1, "S1": self._run_s1}
-        for number in range(1, self._extent.rounds + 1):
-            self._round = number
-            for name in self._names:
-                await steps[name]()
-        figures = [self._b, *self._e1.values()]
-        if "E1" in self._names:
-            figures.append(best_of("E1", list(self._e1.values())))
-        figures += [*([self._e4] if self._e4 else []), *self._l1, *self._s1]
-        self.results.figures = [figure for figure in figures if figure.values]
-        return self.results
-
-    def _say(self, what: str) -> None:
-        self._tell(self._measured / self._measurements, f"round {self._round} of {self._extent.rounds}: {what}")
-        self._measured += 1
-
-    async def _run_b(self) -> None:
-        self._say("B, pgbench")
-        async with self._servers.fresh() as target:
-            self._b.values.append(await reference.measure(self._servers, target, self._directory, seconds=self._extent.seconds))
-
-    async def _throughput(self, split: str, delay_ms: int) -> float:
+        """All rounds. What fails is told in the results, and ends neither the round nor what does not need it."""
         extent = self._extent
-        run = await throughput.measure(
-            self._servers, self._directory, split=split, delay_ms=delay_ms, seconds=extent.seconds,
-            connections=extent.connections, warm_up=extent.warm_up,
-        )  # fmt: skip
-        self.results.throughputs.append(run)
-        self.results.audits.append(run.audited)
-        return run.orders_per_second
-
-    async def _run_e1(self) -> None:
-        for split, figure in self._e1.items():
-            self._say(f"E1 in {split}")
-            figure.values.append(await self._throughput(split, 0))
-
-    async def _run_e4(self) -> None:
-        if self._e4 is None:
-            # The split that won the first round, in every round: one thing is compared with itself.
-            split = max(SPLITS, key=lambda name: self._e1[name].values[0])
-            self._e4 = Figure(f"E4 {split}", "HTTP to PAID, gateway 500 ms", "orders/s", [], self._e1[split])
-        split = self._e4.name.removeprefix("E4 ")
-        self._say(f"E4 in {split}")
-        self._e4.values.append(await self._throughput(split, DEFAULT_DELAY_MS))
-
-    async def _run_l1(self) -> None:
-        self._say("L1, single orders")
-        found = await latency.measure(self._servers, self._directory, split=ONE_PROCESS, orders=self._extent.orders)
-        self.results.audits.append(found.audited)
-        values = [latency.percentile(of, share) for of in (found.published, found.paid) for share in (0.5, 0.99)]
-        for figure, value in zip(self._l1, values, strict=True):
-            figure.values.append(value)
-
-    async def _run_s1(self) -> None:
-        self._say("S1, start")
-        self._s1[0].values.append(await startup.seconds_to_ready(self._servers, self._directory))
-        self._s1[1].values.append(await startup.seconds_to_help())
+        planned = [
+            (number, name)
+            for number in range(1, extent.rounds + 1)
+            for name in self._names
+            if number <= extent.rounds_of(name)
+        ]  # fmt: skip
+        failed: set[tuple[int, str]] = set()
+        async with AsyncExitStack() as stack:
+            bench = Bench(self._servers, self._directory, extent, self.results, stack)
+            for at, (number, name) in enumerate(planned):
+                where = f"round {number} of {extent.rounds}"
+                bench.round = number
+                bench.say = lambda what, at=at, where=where: self._tell(at / len(planned), f"{where}: {what}")  # type: ignore[misc]
+                try:
+                    if not any((number, need) in failed for need in NEEDS.get(name, ())):
+                        await STEPS[name](bench)
+                        continue
+                except FAILURES as error:
+                    self.results.failures.append(f"{name}, {where}: {str(error) or type(error).__name__}")
+                failed.add((number, name))
+        return self.results

@@ -11,25 +11,28 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 import click
 
-from orderflow.commands.output import fields, table
+from orderflow.commands.output import escaped, fields, table
 from orderflow.commands.parameters import database_option, kafka_option
 from orderflow.commands.progress import progress
 
 if TYPE_CHECKING:
-    from orderflow.bench.figures import Figure, Spread
-    from orderflow.bench.suite import Extent, Results
+    from orderflow.bench.extent import Extent
+    from orderflow.bench.figures import Comparison, Figure, Spread, Target
+    from orderflow.bench.results import Results
 
-NAMES = ("B", "E1", "E4", "L1", "S1")
+NAMES = ("A", "B", "C", "D", *(f"T{number}" for number in range(1, 18)), "LOAD")
 LOG_NOTE = "JSON, to files"
-JSON_FILE = click.File("w", encoding="utf-8", lazy=True)
+WRITTEN = click.File("w", encoding="utf-8", lazy=True)
+MEGABYTE = 1_000_000
 
 
 @click.command()
 @click.argument("names", nargs=-1, metavar="[NAME]...", type=click.Choice(NAMES, case_sensitive=False))
 @click.option("--quick", is_flag=True, help="One short round: shows that it runs, not how fast it is.")
-@click.option("--rounds", type=click.IntRange(1, 100), metavar="N", help="Alternating rounds [3; 1 with --quick].")
-@click.option("--seconds", type=click.FloatRange(0.5, 3600), metavar="N", help="Length of one load [15; 2 with --quick].")
-@click.option("--json", "json_file", type=JSON_FILE, metavar="FILE", help="Write everything there; - is stdout.")
+@click.option("--rounds", type=click.IntRange(1, 100), metavar="N", help="Alternating rounds [5; 1 with --quick].")
+@click.option("--seconds", type=click.FloatRange(0.5, 3600), metavar="N", help="Length of one load [15; 1 with --quick].")
+@click.option("--json", "json_file", type=WRITTEN, metavar="FILE", help="Write everything there; - is stdout.")
+@click.option("--plot", "plot_file", type=WRITTEN, metavar="FILE.svg", help="Draw T1, T2, T4 over time, and LOAD.")
 @click.option("--embedded-broker", is_flag=True, help="Use the broker of `dev` instead of Apache Kafka, and say so.")
 @database_option
 @kafka_option
@@ -39,18 +42,28 @@ def bench(
     rounds: int | None,
     seconds: float | None,
     json_file: TextIO | None,
+    plot_file: TextIO | None,
     embedded_broker: bool,
     database_url: str | None,
     kafka_bootstrap_servers: str | None,
 ) -> int:
-    """Measure, beside a reference from the same run; exit 1 when the audit after a run finds a violation.
+    """Measure, beside references from the same run; exit 1 when the audit after a run finds a violation.
 
     \b
-    B    reference: pgbench, one order's five transactions step by step
-    E1   end to end, HTTP to PAID, gateway 0 ms, all roles
-    E4   the same with the gateway at 500 ms
-    L1   single orders at 20/s on an idle system
-    S1   start until ready, and --help
+    A, B, C, D   references: bare aiohttp; pgbench step by step; a producer
+                 after the commit; SQL by hand in groups
+    T1, T2, T4   HTTP POST to PAID: best role split, one process, gateway 500 ms
+    T3           POST accepted durably, one API process
+    T5, T6       commit to consumer at 50/s and at 500/s
+    T7, LOAD     HTTP POST to PAID at 20/s, and at rising rates
+    T8           the relay alone drains 1,000,000 rows
+    T9, T10      T1 with 10,000,000 settled orders; under a pinned xmin
+    T11, T12     T1 with retries; with one hot key
+    T13 to T15   idle CPU and statements; start; memory
+    T16, T17     T1 with more processes; with logging on against off
+
+    A target that is missed is printed and changes no exit code. Each name brings its references along. All of
+    them in full take hours: bench/README.md says which.
 
     Starts a PostgreSQL and an Apache Kafka of its own (Java 17, and Maven once) unless told where they are. On
     servers that are named it makes scratch databases and topics, and touches nothing else.
@@ -58,12 +71,13 @@ def bench(
     if embedded_broker and kafka_bootstrap_servers:
         raise click.UsageError("--embedded-broker and --kafka exclude each other", click.get_current_context())
 
+    from orderflow.bench.document import as_json
+    from orderflow.bench.extent import QUICK, Extent
+    from orderflow.bench.plot import plot
     from orderflow.bench.program import ProgramFailed
-    from orderflow.bench.suite import Extent
     from orderflow.embedded.errors import EmbeddedError
 
-    extent = Extent(rounds=1, seconds=2.0, warm_up=0.5, orders=20) if quick else Extent()
-    extent = _changed(extent, rounds, seconds)
+    extent = _changed(QUICK if quick else Extent(), rounds, seconds)
     try:
         head, results = asyncio.run(_measure(names, extent, database_url, kafka_bootstrap_servers, embedded_broker))
     except (EmbeddedError, ProgramFailed) as error:
@@ -71,9 +85,15 @@ def bench(
     if json_file is None or json_file.name != "-":
         show(head, results, extent)
     if json_file is not None:
-        _write_json(json_file, head, results, extent)
+        json_file.write(as_json(head, results, extent))
+    if plot_file is not None:
+        drawn = plot(results, head)
+        if drawn is None:
+            click.echo("orderflow: nothing to draw: the plot is of T1, T2, T4 and LOAD", err=True)
+        else:
+            plot_file.write(drawn)
     for problem in results.problems:
-        click.echo(f"orderflow: {problem}", err=True)
+        click.echo(f"orderflow: {escaped(' '.join(problem.split()))}", err=True)
     return 1 if results.problems else 0
 
 
@@ -104,59 +124,68 @@ async def _measure(
             return head, await Suite(servers, directory, [n.upper() for n in names], extent, tell).run()
 
 
-def _write_json(file: TextIO, head: dict[str, Any], results: Results, extent: Extent) -> None:
-    from dataclasses import asdict
-
-    import orjson
-
-    document = {
-        **head,
-        "extent": asdict(extent),
-        "figures": [figure.as_json() for figure in results.figures],
-        "runs": [
-            {"run": run.audited.run, "orders": run.orders, "seconds": run.seconds, "ordersPerSecond": run.orders_per_second,
-             "load": asdict(run.load)}
-            for run in results.throughputs
-        ],
-        "audits": [
-            {"run": a.run, "findings": [{**asdict(f), "verdict": f.verdict} for f in a.findings], "problems": a.problems}
-            for a in results.audits
-        ],
-        "sound": not results.problems,
-    }  # fmt: skip
-    file.write(orjson.dumps(document, option=orjson.OPT_INDENT_2).decode() + "\n")
-
-
 def show(head: dict[str, Any], results: Results, extent: Extent) -> None:
-    """Print the figures as a table under what they depend on."""
+    """Print the figures and the costs as tables under what they depend on."""
+    from orderflow.bench.document import costs
+
     fields([(name, value) for name, value in head.items() if name != "executable"])
     rounds = "round" if extent.rounds == 1 else "rounds"
-    click.echo(f"{extent.rounds} alternating {rounds} of {extent.seconds:g} s; median (min..max)")
+    click.echo(f"{extent.rounds} alternating {rounds}, loads of {extent.seconds:g} s; median (min..max)")
     click.echo()
     table(
-        ["figure", "median", "min..max", "unit", "ratio", "min..max", "to", "what"],
-        [_row(figure) for figure in results.figures],
-        right=("median", "ratio"),
+        ["figure", "median", "min..max", "unit", "to", "its median", "ratio", "min..max", "target", "verdict", "what"],
+        [row for figure in results.measured for row in _rows(figure)],
+        right=("median", "its median", "ratio"),
         wrap=("what",),
     )
+    if found := costs(results):
+        click.echo()
+        _show_costs(found)
     click.echo()
     runs = len(results.audits)
     if not results.problems:
         click.echo(f"audit after each of {runs} runs: ok" if runs else "no run with an audit")
 
 
-def _row(figure: Figure) -> list[str]:
-    spread, ratio = figure.spread, figure.ratio
+def _rows(figure: Figure) -> list[list[str]]:
+    """One for the figure by itself or for the first comparison, and one for each further comparison."""
+    spread = figure.spread
+    own = [figure.name, _number(spread.median), _range(spread), figure.unit]
+    compared = [(comparison, ratio) for comparison in figure.beside if (ratio := comparison.ratio(figure))]
+    if not compared or figure.target:
+        alone = [*own, "", "", "", "", *_judged(figure.target, spread), figure.what]
+        return [alone, *(["", "", "", "", *_compared(figure, *pair), ""] for pair in compared)]
+    first, *further = (_compared(figure, *pair) for pair in compared)
+    return [[*own, *first, figure.what], *(["", "", "", "", *row, ""] for row in further)]
+
+
+def _compared(figure: Figure, comparison: Comparison, ratio: Spread) -> list[str]:
     return [
-        figure.name, _number(spread.median), _range(spread), figure.unit,
-        f"{ratio.median:.2f}" if ratio else "", _range(ratio, 2) if ratio else "",
-        figure.reference.name if figure.reference else "", figure.what,
+        comparison.reference.name, _number(comparison.reference_median(figure)), f"{ratio.median:.2f}",
+        f"{ratio.low:.2f}..{ratio.high:.2f}", *_judged(comparison.target, ratio),
     ]  # fmt: skip
 
 
-def _range(spread: Spread, digits: int | None = None) -> str:
-    if digits is not None:
-        return f"{spread.low:.{digits}f}..{spread.high:.{digits}f}"
+def _judged(target: Target | None, spread: Spread) -> list[str]:
+    return [target.text, target.verdict(spread)] if target else ["", ""]
+
+
+def _show_costs(found: dict[str, dict[str, Any]]) -> None:
+    click.echo("CPU microseconds an order, and the peak of memory in MB, by process; what PostgreSQL did for an order")
+    processes = list(dict.fromkeys(process for cost in found.values() for process in cost["cpu"]))
+    columns = ["run", *processes, "together", "WAL bytes", "commits", "fsyncs"]
+    rows = []
+    for name, cost in found.items():
+        cells = [
+            f"{cost['cpu'][process]:,.0f} ({cost['peak'][process] / MEGABYTE:,.0f})" if process in cost["cpu"] else ""
+            for process in processes
+        ]
+        counted = [cost["cost"].get(counter) for counter in ("wal_bytes", "commits", "fsyncs")]
+        rows.append([name, *cells, f"{sum(cost['cpu'].values()):,.0f}", *("" if c is None else _number(c) for c in counted)])
+    table(columns, rows, right=columns[1:])
+
+
+def _range(spread: Spread) -> str:
     return f"{_number(spread.low)}..{_number(spread.high)}"
 
 

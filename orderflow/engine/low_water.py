@@ -1,11 +1,15 @@
-"""Where a relay reads on in each shard: its positions in memory, and the durable low-water mark behind them.
+"""Where a relay reads on in each shard, and the durable low-water mark that it leaves behind.
 
 A row's number is handed out before its transaction commits, so a smaller number may become visible after a larger one, and
-whoever reads on from the largest number seen loses rows. A round therefore begins where the relay was a moment ago, which finds
-what commits at the same time. Now and then, and after a pause, it begins at the low-water mark, which finds what commits late.
-The mark moves only up to a fence: a number such that every transaction has ended that had locked the table when that number was
-the last one. An INSERT locks the table before it takes a number, so nothing up to the fence is still to come. (PostgreSQL's own
-horizon, `pg_snapshot_xmin`, is held back by transactions that never touched this table.)
+whoever reads on from the largest number seen loses rows, or publishes an aggregate's events out of order. A round therefore
+begins at a mark, which moves only up to a *fence*: what had been published when the writers at work were looked at, once all of
+these have ended and a later round has read again from the mark. An INSERT locks its table before it takes a number, so the
+writers are those who hold that lock. (PostgreSQL's own horizon, `pg_snapshot_xmin`, is held back by transactions that never
+touched this table.)
+
+A writer that stays at work for long, a batch job of another program say, must not make each round read all that was published
+since: it is set apart. The mark moves on without it, and each fetch is followed by a look whether it is still at work. If not,
+its rows may be among what was passed, and the round begins where the mark was before.
 """
 
 from __future__ import annotations
@@ -14,16 +18,15 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from orderflow.engine.outbox import SHARDS
+from orderflow.engine import outbox
+from orderflow.engine.outbox import SHARDS, Due
 from orderflow.engine.postgres import Connection
 
-# All in seconds. How far behind its newest position a round begins, at the least.
-BEHIND = 0.1
-# How often a busy relay begins at the low-water mark, and what share of its time that may take when the mark is far behind, as
-# while somebody's transaction with a row for the outbox stays open.
-SWEEP_EVERY = 1.0
-SWEEP_SHARE = 0.05
-FENCE_EVERY = 5.0
+# Seconds between two looks at the writers, while there is work and while there is none; after the first it is set apart, too.
+LOOK_EVERY = 0.1
+LOOK_EVERY_IDLE = 5.0
+LONG = 1.0
+SAVE_EVERY = 5.0
 
 _LAST = "SELECT coalesce(pg_sequence_last_value(pg_get_serial_sequence('outbox', 'seq')::regclass), 0)"
 
@@ -35,11 +38,10 @@ WHERE locktype = 'relation' AND relation = 'outbox'::regclass AND mode = 'RowExc
 
 _LOAD = "SELECT shard, seq FROM outbox_low_water WHERE shard = ANY($1::smallint[])"
 
-_RAISE = """
+_SAVE = """
 INSERT INTO outbox_low_water AS w (shard, seq) SELECT * FROM unnest($1::smallint[], $2::bigint[]) ORDER BY 1
 ON CONFLICT (shard) DO UPDATE SET seq = excluded.seq WHERE w.seq < excluded.seq
 """
-
 
 # The rows themselves, for whoever wants to know how many wait.
 NEVER_PUBLISHED = f"""
@@ -51,78 +53,90 @@ WHERE o.published_at IS NULL AND o.available_at IS NULL
 
 @dataclass(frozen=True, slots=True)
 class _Fence:
-    """`last`: the last number handed out at that time. `writers`: the transactions that may bring one up to it later."""
+    """`last`: the last number handed out at that time; `writers`: who was at work then, and may bring one up to it later."""
 
     last: int
     writers: frozenset[str]
+    since: float
 
 
 class Positions:
-    """Of one relay. A round is: `begin`; fetch, publish and mark; `handled`."""
+    """Of one relay. A round is: `fetch`; publish and mark what it found; `handled`."""
 
     def __init__(self) -> None:
-        self._low: dict[int, int] = {}
-        self._newest: dict[int, int] = {}
-        # What `_newest` was one to two times BEHIND ago, and what takes its place next.
-        self._recent: dict[int, int] = {}
-        self._snapshot: dict[int, int] = {}
-        self._snapshot_at = 0.0
-        self._busy_at = 0.0
-        self._sweeping = False
-        self._began = 0.0
-        self._sweep_at = 0.0
-        self._fence: _Fence | None = None
-        self._fence_at = 0.0
-        # Nothing up to this number is still to become visible.
-        self._settled = 0
+        self._begin({})
 
-    async def begin(self, connection: Connection, shards: Sequence[int]) -> list[int]:
-        """The numbers after which this round reads, one for each of the relay's shards."""
-        self._began = now = time.monotonic()
-        if self._low.keys() != set(shards):
+    def _begin(self, marks: dict[int, int]) -> None:
+        self._mark = marks
+        self._saved = dict(marks)
+        self._save_at = 0.0
+        self._fence: _Fence | None = None
+        # Nothing up to this number is still to become visible, but for what those who are set apart may bring.
+        self._settled = 0
+        self._look_at = 0.0
+        # Those who are set apart, and where the mark was before the first of them was.
+        self._apart: frozenset[str] = frozenset()
+        self._before: dict[int, int] = {}
+
+    async def fetch(self, connection: Connection, shards: Sequence[int], limit: int) -> Due:
+        """What is due in these shards, from the mark on."""
+        if self._mark.keys() != set(shards):
             # What was known of a shard that was another relay's meanwhile is worth nothing.
             rows = {row["shard"]: row["seq"] for row in await connection.fetch(_LOAD, shards)}
-            self._low = {shard: rows.get(shard, 0) for shard in shards}
-            self._newest, self._snapshot, self._recent = dict(self._low), dict(self._low), dict(self._low)
-            self._sweep_at = now
-        self._sweeping = now >= self._sweep_at or now - self._busy_at >= BEHIND
-        if now - self._snapshot_at >= BEHIND:
-            self._recent, self._snapshot, self._snapshot_at = self._snapshot, dict(self._newest), now
-        return [(self._low if self._sweeping else self._recent)[shard] for shard in shards]
+            self._begin({shard: rows.get(shard, 0) for shard in shards})
+        due = await outbox.fetch_due(connection, shards, limit, [self._mark[shard] for shard in shards])
+        # After the fetch: what it found that was written after the end of one of them must not be published before its rows.
+        if self._apart and not self._apart <= await _writers(connection):
+            self._mark, self._apart, self._fence, self._settled = self._before, frozenset(), None, 0
+            due = await outbox.fetch_due(connection, shards, limit, [self._mark[shard] for shard in shards])
+        return due
 
-    async def handled(self, connection: Connection, reached: dict[int, int], full: set[int]) -> None:
-        """All that the round fetched is marked, buried or scheduled.
-
-        `reached`: the largest number that was fetched, by shard; `full`: the shards that may hold more beyond it.
-        """
+    async def handled(self, connection: Connection, due: Due) -> None:
+        """All that the round fetched is marked, buried or scheduled."""
         now = time.monotonic()
-        if reached:
-            self._busy_at = now
-        for shard, seq in reached.items():
-            self._newest[shard] = max(seq, self._newest[shard])
-        if self._sweeping:
-            self._sweep_at = now + max(SWEEP_EVERY, (now - self._began) / SWEEP_SHARE)
-            raised = {
-                shard: seq for shard, low in self._low.items()
-                if (seq := min(self._settled, reached[shard]) if shard in full else self._settled) > low
-            }  # fmt: skip
-            if raised:
-                await connection.execute(_RAISE, list(raised), list(raised.values()))
-                self._low.update(raised)
-        if now >= self._fence_at:
-            self._fence_at = now + FENCE_EVERY
-            await self._look_at_fence(connection)
+        for shard, seq in self._mark.items():
+            # Of a shard that may hold more, only what was fetched has been handled.
+            passed = min(self._settled, due.reached.get(shard, 0)) if shard in due.full else self._settled
+            if passed > seq:
+                self._mark[shard] = passed
+        if now >= self._look_at:
+            await self._look(connection, now)
+            self._look_at = now + (LOOK_EVERY if due.messages or self._fence else LOOK_EVERY_IDLE)
+        elif due.messages:
+            self._look_at = min(self._look_at, now + LOOK_EVERY)
+        if now >= self._save_at:
+            self._save_at = now + SAVE_EVERY
+            await self._save(connection)
 
-    async def _look_at_fence(self, connection: Connection) -> None:
-        # In this order: a transaction that takes a number after the first look is none of this fence's.
-        last = await connection.fetchval(_LAST)
-        writers = frozenset(row["virtualtransaction"] for row in await connection.fetch(_WRITERS))
-        if last < max(self._low.values(), default=0):
+    async def _look(self, connection: Connection, now: float) -> None:
+        # In this order: a transaction that takes a number after the first question is none of this fence's.
+        last: int = await connection.fetchval(_LAST)
+        writers = await _writers(connection) - self._apart
+        if last < max(self._mark.values(), default=0):
             # TRUNCATE ... RESTART IDENTITY: the numbers begin anew, all of them below the marks.
             await connection.execute("DELETE FROM outbox_low_water")
-            self._low, self._fence, self._settled = {}, None, 0
-        elif not writers:
-            self._fence, self._settled = None, last
-        elif self._fence is None or not self._fence.writers & writers:
-            self._settled = self._fence.last if self._fence else self._settled
-            self._fence = _Fence(last, writers)
+            self._begin({})
+            return
+        fence = self._fence or _Fence(last, writers, now)
+        if not fence.writers & writers:
+            # All of them have ended: the next round that begins at the mark sees everything up to the fence.
+            self._settled = fence.last
+            self._fence = _Fence(last, writers, now) if fence.last < last else None
+        elif now - fence.since < LONG:
+            self._fence = fence
+        else:
+            if not self._apart:
+                self._before = dict(self._mark)
+            self._apart |= fence.writers & writers
+            self._fence = None
+
+    async def _save(self, connection: Connection) -> None:
+        safe = self._before if self._apart else self._mark
+        raised = {shard: seq for shard, seq in safe.items() if seq > self._saved[shard]}
+        if raised:
+            await connection.execute(_SAVE, list(raised), list(raised.values()))
+            self._saved.update(raised)
+
+
+async def _writers(connection: Connection) -> frozenset[str]:
+    return frozenset(row["virtualtransaction"] for row in await connection.fetch(_WRITERS))

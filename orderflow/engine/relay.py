@@ -105,11 +105,10 @@ class Relay:
         if not shards:
             return 0
         async with database.acquire() as connection:
-            after = await self._positions.begin(connection, shards)
-            due = await outbox.fetch_due(connection, shards, self._batch, after)
+            due = await self._positions.fetch(connection, shards, self._batch)
             if due.messages:
                 await self._publish(database, connection, due.messages, producer)
-            await self._positions.handled(connection, due.reached, due.full)
+            await self._positions.handled(connection, due)
         return len(due.messages)
 
     async def _publish(

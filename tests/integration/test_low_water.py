@@ -19,8 +19,9 @@ EVERYTHING = list(range(SHARDS))
 
 @pytest.fixture(autouse=True)
 def no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each round looks at the fence, and is a sweep only where a test wants it."""
-    monkeypatch.setattr(low_water, "FENCE_EVERY", 0.0)
+    """Each round looks at the writers and saves the mark; nobody is set apart unless a test wants it."""
+    for name, seconds in {"LOOK_EVERY": 0.0, "LOOK_EVERY_IDLE": 0.0, "SAVE_EVERY": 0.0, "LONG": 3600.0}.items():
+        monkeypatch.setattr(low_water, name, seconds)
 
 
 @pytest.fixture
@@ -33,10 +34,9 @@ async def other(database_url: str) -> AsyncIterator[asyncpg.Connection]:
 
 async def round_of(positions: Positions, connection: asyncpg.Connection, limit: int = 1000) -> list[UUID]:
     """One round of a relay that owns every shard and publishes whatever it finds."""
-    after = await positions.begin(connection, EVERYTHING)
-    due = await outbox.fetch_due(connection, EVERYTHING, limit, after)
+    due = await positions.fetch(connection, EVERYTHING, limit)
     await outbox.mark_published_if_attempt(connection, due.messages)
-    await positions.handled(connection, due.reached, due.full)
+    await positions.handled(connection, due)
     return [message.id for message in due.messages]
 
 
@@ -44,28 +44,27 @@ async def marks(connection: asyncpg.Connection) -> dict[int, int]:
     return dict(await connection.fetch("SELECT shard, seq FROM outbox_low_water"))
 
 
-def sweeping(positions: Positions) -> None:
-    positions._sweep_at = 0.0
+async def last_number(connection: asyncpg.Connection) -> int:
+    return await connection.fetchval("SELECT max(seq) FROM outbox")
 
 
 async def test_the_mark_follows_what_is_published_and_a_new_relay_begins_there(connection: asyncpg.Connection) -> None:
     positions = Positions()
     events = [await insert_event(connection) for _ in range(20)]
     assert sorted(await round_of(positions, connection)) == sorted(events)
-    last = await connection.fetchval("SELECT max(seq) FROM outbox")
-    sweeping(positions)
     assert await round_of(positions, connection) == []
-    assert await marks(connection) == dict.fromkeys(EVERYTHING, last)
+    assert await marks(connection) == dict.fromkeys(EVERYTHING, await last_number(connection))
     assert await connection.fetch(NEVER_PUBLISHED) == []
     late = await insert_event(connection)
     assert [row["event_id"] for row in await connection.fetch(NEVER_PUBLISHED)] == [late]
-    assert await Positions().begin(connection, EVERYTHING) == [last] * SHARDS
     assert await round_of(Positions(), connection) == [late]
 
 
-async def test_a_row_that_commits_after_its_successors_is_found_and_holds_the_mark(
-    connection: asyncpg.Connection, other: asyncpg.Connection
+@pytest.mark.parametrize("long", [3600.0, 0.0], ids=["waited for", "set apart"])
+async def test_a_row_that_commits_after_its_successors_is_found_and_holds_the_saved_mark(
+    connection: asyncpg.Connection, other: asyncpg.Connection, monkeypatch: pytest.MonkeyPatch, long: float
 ) -> None:
+    monkeypatch.setattr(low_water, "LONG", long)
     positions = Positions()
     aggregate = uuid4()
     transaction = other.transaction()
@@ -74,32 +73,42 @@ async def test_a_row_that_commits_after_its_successors_is_found_and_holds_the_ma
     others = [await insert_event(connection, aggregate) for _ in range(3)]
     assert await round_of(positions, connection) == others
     for _ in range(3):
-        sweeping(positions)
         assert await round_of(positions, connection) == []
         assert await marks(connection) == {}
+    shard = await connection.fetchval("SELECT shard FROM outbox LIMIT 1")
+    assert (positions._mark[shard] > 0) is (long == 0.0)
     await transaction.commit()
-    sweeping(positions)
-    assert await round_of(positions, connection) == [late]
-    for _ in range(2):
-        sweeping(positions)
+    # What is written after its end is not published before it.
+    last = await insert_event(connection, aggregate)
+    assert await round_of(positions, connection) == [late, last]
+    for _ in range(3):
         assert await round_of(positions, connection) == []
-    assert set((await marks(connection)).values()) == {await connection.fetchval("SELECT max(seq) FROM outbox")}
+    assert set((await marks(connection)).values()) == {await last_number(connection)}
 
 
-async def test_a_row_that_commits_a_moment_after_its_successor_needs_no_sweep(
-    connection: asyncpg.Connection, other: asyncpg.Connection
+async def test_one_of_two_that_are_set_apart_ends(
+    connection: asyncpg.Connection, other: asyncpg.Connection, database_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(low_water, "LONG", 0.0)
+    third = await asyncpg.connect(database_url)
     positions = Positions()
-    aggregate = uuid4()
+    first_transaction, second_transaction = other.transaction(), third.transaction()
+    await first_transaction.start()
+    await second_transaction.start()
+    rows = [await insert_event(other), await insert_event(third)]
+    between = await insert_event(connection)
+    assert await round_of(positions, connection) == [between]
     await round_of(positions, connection)
-    transaction = other.transaction()
-    await transaction.start()
-    late = await insert_event(other, aggregate)
-    event_id = await insert_event(connection, aggregate)
-    assert await round_of(positions, connection) == [event_id]
-    await transaction.commit()
-    positions._sweep_at = float("inf")
-    assert await round_of(positions, connection) == [late]
+    await first_transaction.commit()
+    assert await round_of(positions, connection) == rows[:1]
+    for _ in range(3):
+        assert await round_of(positions, connection) == []
+    await second_transaction.commit()
+    assert await round_of(positions, connection) == rows[1:]
+    for _ in range(3):
+        await round_of(positions, connection)
+    assert set((await marks(connection)).values()) == {await last_number(connection)}
+    await third.close()
 
 
 async def test_a_transaction_that_never_touched_the_outbox_holds_nothing_up(
@@ -111,7 +120,6 @@ async def test_a_transaction_that_never_touched_the_outbox_holds_nothing_up(
         await other.fetchval("SELECT pg_current_xact_id()")
         await insert_event(connection)
         assert len(await round_of(positions, connection)) == 1
-        sweeping(positions)
         await round_of(positions, connection)
         assert len(await marks(connection)) == SHARDS
 
@@ -120,10 +128,9 @@ async def test_a_shard_of_which_only_a_part_was_fetched_keeps_its_mark_behind_th
     aggregate = uuid4()
     events = [await insert_event(connection, aggregate) for _ in range(100)]
     positions = Positions()
-    # The fence is known before the first fetch.
-    await positions.begin(connection, EVERYTHING)
-    await positions.handled(connection, {}, set())
-    sweeping(positions)
+    # The fence is known before the fetch.
+    await positions.fetch(connection, EVERYTHING, 32)
+    await positions._look(connection, 0.0)
     found = await round_of(positions, connection, limit=32)
     assert found == events[:32]
     shard = await connection.fetchval("SELECT shard FROM outbox LIMIT 1")
@@ -140,13 +147,11 @@ async def test_numbers_that_begin_anew(connection: asyncpg.Connection) -> None:
     for _ in range(5):
         await insert_event(connection)
     for _ in range(2):
-        sweeping(positions)
         await round_of(positions, connection)
     assert len(await marks(connection)) == SHARDS
     await connection.execute("TRUNCATE outbox RESTART IDENTITY")
     event_id = await insert_event(connection)
     # Its number is behind the mark, until the fence is looked at.
-    sweeping(positions)
     assert await round_of(positions, connection) == []
     assert await round_of(positions, connection) == [event_id]
 
@@ -165,7 +170,6 @@ async def test_whatever_plain_sql_makes_due_again_is_found_behind_the_mark(conne
     positions = Positions()
     event_id = await insert_event(connection)
     for _ in range(2):
-        sweeping(positions)
         await round_of(positions, connection)
     assert len(await marks(connection)) == SHARDS
     await connection.execute(AGAIN[case])
@@ -193,6 +197,5 @@ async def test_no_row_is_lost_whatever_the_order_of_commits(connection: asyncpg.
             found += await round_of(positions, connection, limit=64)
         await writers
         for _ in range(3):
-            sweeping(positions)
             found += await round_of(positions, connection)
     assert sorted(found) == sorted(written)

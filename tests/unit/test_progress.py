@@ -4,15 +4,9 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
-from types import SimpleNamespace
-from typing import Any, cast
 
 import pytest
 
-from orderflow.bench import suite
-from orderflow.bench.suite import Extent, Suite
 from orderflow.commands.progress import ERASE_LINE, counting, progress
 from orderflow.torture import driver
 from tests.terminals import Terminal
@@ -87,42 +81,6 @@ def test_nothing_is_written_without_a_terminal(capsys: pytest.CaptureFixture[str
         tell(0.5, "half of it")
         advance(1)
     assert capsys.readouterr() == ("", "")
-
-
-class Measurements:
-    """Stands in for what the suite measures with."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        for module, name, value in (
-            (suite.reference, "measure", 1.0),
-            (suite.throughput, "measure", SimpleNamespace(orders_per_second=1.0, audited=None)),
-            (suite.latency, "measure", SimpleNamespace(published=[1.0], paid=[1.0], audited=None)),
-            (suite.startup, "seconds_to_ready", 1.0), (suite.startup, "seconds_to_help", 1.0),
-        ):  # fmt: skip
-            monkeypatch.setattr(module, name, self.returning(value))
-
-    @staticmethod
-    def returning(value: object) -> Any:
-        async def measured(*_: object, **__: object) -> object:
-            return value
-
-        return measured
-
-    @asynccontextmanager
-    async def fresh(self) -> AsyncIterator[None]:
-        """A target of nothing."""
-        yield
-
-
-@pytest.mark.parametrize(("names", "each"), [((), 6), (("B",), 1), (("E1",), 3), (("E4", "S1"), 5)])
-async def test_the_benchmarks_tell_of_equal_steps(
-    names: tuple[str, ...], each: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Any
-) -> None:
-    told: list[tuple[float, str]] = []
-    servers = cast(Any, Measurements(monkeypatch))
-    await Suite(servers, tmp_path, names, Extent(rounds=2), lambda done, text: told.append((done, text))).run()
-    assert [done for done, _ in told] == pytest.approx([n / (2 * each) for n in range(2 * each)])
-    assert [text.partition(":")[0] for _, text in told] == ["round 1 of 2"] * each + ["round 2 of 2"] * each
 
 
 def test_the_parts_of_a_torture_follow_each_other() -> None:
