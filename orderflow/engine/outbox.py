@@ -23,17 +23,18 @@ CHANNEL = "orderflow_outbox"
 
 # LATERAL with a limit a shard: an index probe for each, whose cost does not depend on what other relays' shards hold,
 # and a shard with a million rows does not keep the others waiting. Scheduled rows stand anywhere in their shard's order, and so
-# say nothing of how far it has been read: they come without a shard.
+# say nothing of how far it has been read: they come without a shard. (The cast keeps `outbox_log` out of it: a plan that is made
+# while the table is empty might take that, and read all of the shards for ever.)
 _FETCH_DUE = """
 SELECT r.event_id, r.event_type, r.aggregate_type, r.aggregate_id, r.payload, r.created_at, r.attempt, r.headers, r.seq, r.shard
-FROM unnest($1::smallint[], $2::bigint[]) AS s(shard, after) CROSS JOIN LATERAL (
+FROM unnest($1::integer[], $2::bigint[]) AS s(shard, after) CROSS JOIN LATERAL (
     SELECT o.* FROM outbox o
     WHERE o.shard = s.shard AND o.seq > s.after AND o.published_at IS NULL AND o.available_at IS NULL
     ORDER BY o.seq LIMIT $3) AS r
 UNION ALL
 (SELECT event_id, event_type, aggregate_type, aggregate_id, payload, created_at, attempt, headers, seq, NULL
  FROM outbox
- WHERE available_at <= now() AND available_at < 'infinity' AND published_at IS NULL AND shard = ANY($1)
+ WHERE available_at <= now() AND available_at < 'infinity' AND published_at IS NULL AND shard::integer = ANY($1::integer[])
  ORDER BY available_at, seq LIMIT $4)
 ORDER BY seq
 """
@@ -72,7 +73,7 @@ SELECT event_id, pg_notify('orderflow_outbox', '') FROM moved
 
 _NEXT_DUE = """
 SELECT extract(epoch FROM min(available_at) - now())::float8 FROM outbox
-WHERE available_at < 'infinity' AND published_at IS NULL AND shard = ANY($1)
+WHERE available_at < 'infinity' AND published_at IS NULL AND shard::integer = ANY($1::integer[])
 """
 
 _REPLAY = """
