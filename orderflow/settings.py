@@ -129,7 +129,7 @@ class Settings(BaseSettings):
         5, description="crashes of one role within crash_window_seconds that are answered by a restart"
     )
     crash_window_seconds: Seconds = Field(60.0, description="see crash_budget")
-    log_format: LogFormat = Field("auto", description="json, console, or auto: console on a terminal")
+    log_format: LogFormat = Field("auto", description="json, console, off, or auto: console on a terminal")
     metrics_interval_seconds: Seconds = Field(10.0, description="time between two METRICS lines")
     data_dir: str = Field(".orderflow", description="where `dev` keeps its data")
     dev_children: bool = Field(False, description="internal: end with the parent process")

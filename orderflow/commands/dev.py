@@ -24,7 +24,7 @@ EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 @click.command()
 @click.option("--data-dir", metavar="DIR", help="Where the data lies; it survives a restart [ORDERFLOW_DATA_DIR].")
 @click.option("--port", "http_port", type=click.IntRange(0, 65535), help="The API's port, if it is free [HTTP_PORT].")
-@click.option("--log-format", type=click.Choice(["json", "console", "auto"]), help="How the log looks.")
+@click.option("--log-format", type=click.Choice(["json", "console", "auto", "off"]), help="How the log looks.")
 def dev(data_dir: str | None, http_port: int | None, log_format: LogFormat | None) -> int:
     """Run everything on this machine: PostgreSQL, a broker, and all roles.
 
@@ -63,13 +63,15 @@ async def run_dev(settings: Settings) -> int:
             await _prepare(postgres.url)
         except asyncio.CancelledError:
             return 0
+        port, claimed = ports.claim(settings.http_port or None)
+        stack.callback(claimed.close)
         chosen = settings.model_copy(
             update={
                 "database_url": postgres.url,
                 "database_direct_url": None,
                 "kafka_bootstrap_servers": broker.bootstrap,
                 "kafka_embedded": True,
-                "http_port": ports.choose(settings.http_port or None),
+                "http_port": port,
             }
         )
 

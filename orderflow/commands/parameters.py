@@ -67,7 +67,7 @@ def log_format_option(command: F) -> F:
     """`--log-format`."""
     return click.option(
         "--log-format",
-        type=click.Choice(["json", "console", "auto"]),
+        type=click.Choice(["json", "console", "auto", "off"]),
         help="auto: console on a terminal, else json [ORDERFLOW_LOG_FORMAT].",
     )(command)
 

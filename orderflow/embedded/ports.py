@@ -40,6 +40,22 @@ def choose(preferred: int | None) -> int:
     return free_port()
 
 
+def claim(preferred: int | None) -> tuple[int, socket.socket]:
+    """As `choose`, for whoever listens only some time later: nobody else who claims gets the same port while the socket is open.
+
+    The claim is a UDP socket of the same number, which is in no TCP server's way.
+    """
+    while True:
+        port = choose(preferred)
+        held = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+        try:
+            held.bind((HOST, port))
+            return port, held
+        except OSError:
+            held.close()
+            preferred = None
+
+
 def free_port() -> int:
     """A port that nobody listens on at this moment; whoever uses it must be ready to lose a race for it."""
     while not is_free(port := FIRST + secrets.randbelow(LAST - FIRST)):

@@ -23,8 +23,8 @@ CHANNEL = "orderflow_outbox"
 
 # LATERAL with a limit a shard: an index probe for each, whose cost does not depend on what other relays' shards hold,
 # and a shard with a million rows does not keep the others waiting. Scheduled rows stand anywhere in their shard's order, and so
-# say nothing of how far it has been read: they come without a shard. (The cast keeps `outbox_log` out of it: a plan that is made
-# while the table is empty might take that, and read all of the shards for ever.)
+# say nothing of how far it has been read: they come without a shard. (The cast keeps `outbox_log` out of it: a plan that is
+# made while the table is empty might take that, and read all of the shards for ever.)
 _FETCH_DUE = """
 SELECT r.event_id, r.event_type, r.aggregate_type, r.aggregate_id, r.payload, r.created_at, r.attempt, r.headers, r.seq, r.shard
 FROM unnest($1::integer[], $2::bigint[]) AS s(shard, after) CROSS JOIN LATERAL (

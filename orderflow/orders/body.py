@@ -39,6 +39,8 @@ def parse(body: bytes) -> Any:
     if text.count("[") + text.count("{") > MOST_BRACKETS:
         raise NotJson("the body is nested too deeply")
     try:
+        if text.startswith("\ufeff"):
+            raise json.JSONDecodeError("Unexpected UTF-8 BOM (decode using utf-8-sig)", text, 0)
         return _DECODER.decode(text)
     except json.JSONDecodeError as error:
         raise NotJson(f"the body is not JSON: {error.msg} (line {error.lineno}, column {error.colno})") from None

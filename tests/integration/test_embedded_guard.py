@@ -221,6 +221,19 @@ def test_a_port_in_use_is_not_chosen() -> None:
     assert ports.choose(port) == port
 
 
+def test_two_who_claim_at_once_get_two_ports() -> None:
+    wanted = ports.free_port()
+    first, held = ports.claim(wanted)
+    with held:
+        second, other = ports.claim(wanted)
+        other.close()
+    assert first == wanted
+    assert second != wanted
+    again, held = ports.claim(wanted)
+    held.close()
+    assert again == wanted
+
+
 def test_a_directory_that_somebody_laid_beforehand_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     (tmp_path / "link").symlink_to(tmp_path)

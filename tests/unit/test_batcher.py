@@ -245,3 +245,32 @@ async def test_close_between_two_halves_leaves_no_caller_waiting() -> None:
     await asyncio.wait_for(halves.wait(), LIMIT)
     await asyncio.wait_for(batcher.close(), LIMIT)
     assert all(isinstance(result, asyncio.CancelledError) for result in await outcomes(tasks))
+
+
+async def test_who_hands_in_and_goes_on_is_told_in_order_of_the_groups() -> None:
+    statement = Statement(poisoned=frozenset({3}))
+    batcher = Batcher[int, int](statement, size=4)
+    told: list[object] = []
+    everyone = asyncio.Event()
+
+    def tell(what: object) -> None:
+        told.append(what)
+        if len(told) == 6:
+            everyone.set()
+
+    for number in range(6):
+        batcher.hand_in(number, tell, lambda error: tell(type(error)))
+    assert told == []
+    await asyncio.wait_for(everyone.wait(), LIMIT)
+    assert sorted(map(str, told)) == sorted(map(str, [0, 2, 4, Poison, 8, 10]))
+    await asyncio.sleep(0)
+    assert batcher.idle
+
+
+async def test_a_full_queue_turns_away_who_hands_in() -> None:
+    batcher = Batcher[int, int](Statement(), queue=2)
+    for number in range(2):
+        batcher.hand_in(number, lambda _: None, lambda _: None)
+    with pytest.raises(Overloaded):
+        batcher.hand_in(2, lambda _: None, lambda _: None)
+    await batcher.close()
