@@ -41,7 +41,7 @@ def choose(preferred: int | None) -> int:
 
 
 def claim(preferred: int | None) -> tuple[int, socket.socket]:
-    """As `choose`, for whoever listens only some time later: nobody else who claims gets the same port while the socket is open.
+    """As `choose`, for whoever listens some time later: nobody else who claims gets the same port while the socket is open.
 
     The claim is a UDP socket of the same number, which is in no TCP server's way.
     """
