@@ -14,9 +14,11 @@ from orderflow.embedded.kafka import ApacheKafka
 from orderflow.embedded.postgres import EmbeddedPostgres
 from tests import servers
 
-# A shell starts what runs in the background with SIGINT ignored, and every program of a test would inherit that.
+# A shell starts what runs in the background with SIGINT ignored, nohup with SIGHUP: every program of a test would inherit that.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 NEED_KAFKA = {"kafka", "real_kafka", "restartable_kafka"}
 
