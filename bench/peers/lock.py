@@ -9,10 +9,9 @@ from __future__ import annotations
 
 import subprocess
 import sys
-import tempfile
 
 from bench.peers.environments import REQUIREMENTS
-from scripts.lock import OLDEST_PYTHON, ROOT
+from scripts.lock import PORTABLE, ROOT, resolver
 
 # aiohttp serves every one of them, so that the stacks are compared and not web frameworks.
 SERVER = ("aiohttp", "uvloop")
@@ -31,16 +30,12 @@ PEERS: dict[str, tuple[str, ...]] = {
 
 def main(flags: list[str]) -> None:
     """Writes every file; `flags` go to the resolver."""
-    with tempfile.TemporaryDirectory(prefix="orderflow-lock-") as folder:
-        subprocess.run((sys.executable, "-m", "venv", folder), check=True)
-        pip = (f"{folder}/bin/python", "-m", "pip", "install", "--quiet", "--disable-pip-version-check")
-        subprocess.run((*pip, "--require-hashes", "-r", "requirements/lock.txt"), cwd=ROOT, check=True)
+    with resolver() as uv:
         for name, wanted in PEERS.items():
             target = REQUIREMENTS / f"{name}.txt"
             command = (
-                f"{folder}/bin/uv", "pip", "compile", "-", *flags,
-                "--universal", "--python-version", OLDEST_PYTHON, "--generate-hashes", "--only-binary", ":all:",
-                "--no-emit-index-url", "--no-emit-find-links", "--no-emit-build-options", "--no-annotate", "--quiet",
+                uv, "pip", "compile", "-", *flags,
+                *PORTABLE, "--only-binary", ":all:", "--no-emit-build-options",
                 "--custom-compile-command", "python3 -m bench.peers.lock", "--output-file", str(target),
             )  # fmt: skip
             text = "\n".join((*SERVER, *wanted))

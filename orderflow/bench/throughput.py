@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -207,6 +207,11 @@ async def paid_over_time(connection: asyncpg.Connection, begin: float) -> list[i
     return [slots.get(slot, 0) for slot in range(max(slots, default=-1) + 1)]
 
 
+def violations(findings: Sequence[Finding]) -> list[str]:
+    """A line for each invariant that is violated, with its first example."""
+    return [f"{f.invariant} violated: {f.text}: {f.examples[0]}" for f in findings if f.violations]
+
+
 async def audit_run(
     connection: asyncpg.Connection, name: str, record: Path, *, settled: bool, code: int, load: Summary | None = None,
     since: datetime = LONG_AGO, state: str = "PAID",
@@ -217,7 +222,7 @@ async def audit_run(
     """
     accepted = accepted_ids(str(record))
     findings = await database.audited(connection, accepted, horizon=LONG if state == "CREATED" else 0.0)
-    problems = [f"{f.invariant} violated: {f.text}: {f.examples[0]}" for f in findings if f.violations]
+    problems = violations(findings)
     if not settled:
         problems.append(f"not everything was settled within {SETTLE_TIMEOUT:.0f} s")
     if code != 0:

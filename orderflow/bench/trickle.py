@@ -11,7 +11,7 @@ from orderflow.bench.database import LONG
 from orderflow.bench.delivery import OUTBOX, PLAIN_TABLE, PRODUCER, Delivered, Options
 from orderflow.bench.program import Program
 from orderflow.bench.servers import Servers, Target
-from orderflow.bench.throughput import Audited
+from orderflow.bench.throughput import Audited, violations
 
 MODULE = "orderflow.bench.delivery"
 LIMIT = 60.0
@@ -63,7 +63,7 @@ async def measure(servers: Servers, directory: Path, trickle: Trickle) -> tuple[
                 problems.append(f"{unpublished} events are not published")
             # Nobody consumes here: that these events are not processed is no violation yet.
             findings = await database.audited(connection, [], horizon=LONG)
-            problems += [f"{f.invariant} violated: {f.text}: {f.examples[0]}" for f in findings if f.violations]
+            problems += violations(findings)
             return delivered, Audited(f"events at {trickle.rate:g}/s", findings, problems)
         finally:
             await connection.close(timeout=5)

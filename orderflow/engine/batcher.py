@@ -49,6 +49,9 @@ class _Caller(Generic[R]):
         """Nobody waits."""
 
 
+_Item = tuple[T, asyncio.Future[R] | _Caller[R]]
+
+
 class Batcher(Generic[T, R]):
     """Collects items and flushes them in groups of at most `size`, at most `in_flight` groups at a time.
 
@@ -66,7 +69,7 @@ class Batcher(Generic[T, R]):
         self._in_flight = in_flight
         self._limit = queue
         self._patience = patience or Patience()
-        self._queue: deque[tuple[T, asyncio.Future[R] | _Caller[R]]] = deque()
+        self._queue: deque[_Item[T, R]] = deque()
         self._running: set[asyncio.Task[None]] = set()
         self._scheduled = False
 
@@ -106,7 +109,7 @@ class Batcher(Generic[T, R]):
     def _start(self) -> None:
         self._scheduled = False
         while self._queue and len(self._running) < self._in_flight:
-            group: list[tuple[T, asyncio.Future[R] | _Caller[R]]] = []
+            group: list[_Item[T, R]] = []
             while self._queue and len(group) < self._size:
                 item, future = self._queue.popleft()
                 # A caller that gave up while it queued has written nothing, and its item never will be.
@@ -117,7 +120,7 @@ class Batcher(Generic[T, R]):
                 self._running.add(task)
                 task.add_done_callback(partial(self._finished, group))
 
-    def _finished(self, group: list[tuple[T, asyncio.Future[R] | _Caller[R]]], task: asyncio.Task[None]) -> None:
+    def _finished(self, group: list[_Item[T, R]], task: asyncio.Task[None]) -> None:
         self._running.discard(task)
         # A flush that was cancelled, perhaps before its first step or between two halves, has left callers waiting.
         for _, future in group:
@@ -125,7 +128,7 @@ class Batcher(Generic[T, R]):
         if self._queue:
             self._start()
 
-    async def _settle(self, group: list[tuple[T, asyncio.Future[R] | _Caller[R]]]) -> None:
+    async def _settle(self, group: list[_Item[T, R]]) -> None:
         try:
             results = await self._patience.run(lambda: self._flush([item for item, _ in group]))
             if len(results) != len(group):

@@ -11,7 +11,7 @@ came back by a redrive, a row with a creation time of its own. What a turn costs
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable
 from datetime import timedelta
 from uuid import UUID
 
@@ -118,7 +118,7 @@ class Janitor:
             self._judged = dict.fromkeys(range(SHARDS), end) | {row["shard"]: row["seq"] for row in rows}
         unsettled: set[UUID] = set()
         for _ in range(MOST_PAGES):
-            full, found = await self._examine(connection, self._judged, list(self._judged))
+            full, found = await self._examine(connection, self._judged)
             unsettled |= found
             if not full:
                 break
@@ -126,17 +126,15 @@ class Janitor:
 
     async def _patrol(self, connection: Connection) -> set[UUID]:
         before = dict(self._patrolled)
-        _, unsettled = await self._examine(connection, self._patrolled, list(self._patrolled))
+        _, unsettled = await self._examine(connection, self._patrolled)
         for shard, seq in self._patrolled.items():
             if seq == before[shard]:
                 self._patrolled[shard] = 0
         return unsettled
 
-    async def _examine(
-        self, connection: Connection, positions: dict[int, int], shards: Sequence[int]
-    ) -> tuple[bool, set[UUID]]:
+    async def _examine(self, connection: Connection, positions: dict[int, int]) -> tuple[bool, set[UUID]]:
         """Move the positions on by a page; True: there is more. The events among those passed that are not settled."""
-        rows = await connection.fetch(_EXAMINE, shards, [positions[shard] for shard in shards], PAGE, self._horizon)
+        rows = await connection.fetch(_EXAMINE, list(positions), list(positions.values()), PAGE, self._horizon)
         unsettled: set[UUID] = set()
         for row in rows:
             positions[row["shard"]] = row["reached"]
