@@ -23,6 +23,7 @@ RUN groupadd --system --gid 10001 orderflow \
 COPY --from=build /opt/orderflow /opt/orderflow
 COPY deploy/healthcheck.py /opt/orderflow/healthcheck.py
 
+# Beyond loopback the API wants ORDERFLOW_API_KEYS (or ORDERFLOW_ALLOW_ANONYMOUS=true), and does not start without.
 ENV PATH=/opt/orderflow/bin:$PATH \
     PYTHONDONTWRITEBYTECODE=1 \
     ORDERFLOW_HTTP_HOST=0.0.0.0

@@ -27,12 +27,12 @@ demo: ## the walk-through: eight parts, each result checked
 	@exec $(BIN)/orderflow demo $(ARGS)
 
 .PHONY: test
-test: ## the whole test suite; ARGS="-k relay -x" for a part
+test: ## the whole test suite, in two processes; ARGS="-k relay -x -n 0" for a part, in one
 	@$(setup_test)
-	@exec $(BIN)/python -m pytest $(ARGS)
+	@exec $(BIN)/python -m pytest -n 2 --dist worksteal $(ARGS)
 
 .PHONY: campaign
-campaign: ## benchmark and torture in their short form, as CI runs them
+campaign: ## benchmark, torture and mutation gate in their short form, as CI runs them
 	@$(setup_test)
 	@exec $(BIN)/python -m pytest -m campaign $(ARGS)
 
@@ -59,6 +59,10 @@ audit: ## the locked packages against the database of known vulnerabilities (net
 	@$(setup_test)
 	$(BIN)/python scripts/audit.py $(ARGS)
 
+.PHONY: sbom
+sbom: ## the bill of materials of the locked packages, CycloneDX, in build/
+	@python=$$(scripts/find-python) && "$$python" scripts/sbom.py build/sbom.cdx.json
+
 .PHONY: smoke
 smoke: ## `make run` as a person would: one order until it is PAID, Ctrl-C, nothing left behind
 	@python=$$(scripts/find-python) && "$$python" .ci/smoke.py $(ARGS)
@@ -77,6 +81,11 @@ bench-peers: ## the same order flow on other Python stacks, beside ours; ARGS="-
 torture: ## load, a seeded plan of crashes and faults, then the audit; ARGS="--seconds 60 --seed 7"
 	@$(setup_dev)
 	@exec $(BIN)/orderflow torture $(ARGS)
+
+.PHONY: mutants
+mutants: ## each safeguard switched off, one at a time: some test has to notice; ARGS="--quick", or names
+	@$(setup_test)
+	@exec $(BIN)/python -m tests.mutants $(ARGS)
 
 .PHONY: setup
 setup: ## .venv with everything for running, testing and linting; repairs a half-made one

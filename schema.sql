@@ -33,6 +33,8 @@ CREATE TABLE IF NOT EXISTS orders (
     updated_at timestamptz   NOT NULL DEFAULT now(),
     -- entered_at[v] is when version v began; the states between follow from (state, version) alone, see orders/model.py.
     entered_at timestamptz[] NOT NULL DEFAULT ARRAY[now()],
+    -- When retention deleted its events, their deliveries and its charges, all of them at once; NULL while they are kept.
+    retired_at timestamptz,
     -- What the index of the orders in flight goes by: unlike `state`, it changes once in an order's life.
     in_flight  boolean       NOT NULL GENERATED ALWAYS AS (state IN ('CREATED', 'PAYMENT_PENDING')) STORED,
     CONSTRAINT orders_state_known      CHECK (state IN ('CREATED', 'PAYMENT_PENDING', 'PAID', 'FAILED')),
@@ -99,9 +101,10 @@ CREATE TABLE IF NOT EXISTS outbox (
     -- NULL on the many that are published once, in the order of `seq`. Otherwise the row is to be published (again), not before
     -- this time; 'infinity': buried, no relay will touch it.
     available_at   timestamptz,
-    -- Rises with every failed attempt and every redrive; a delivery that carries a smaller one is a duplicate.
+    -- Rises with every failed attempt, postponement and redrive; a delivery that carries a smaller one is a duplicate.
     attempt        integer     NOT NULL DEFAULT 1,
-    -- Attempts are counted from here; a redrive moves it up, which is what gives the event fresh ones.
+    -- Attempts are counted from here; a redrive moves it up, which is what gives the event fresh ones, and a postponement by as
+    -- much as `attempt`, which uses up none.
     first_attempt  integer     NOT NULL DEFAULT 1,
     -- One object for each failed attempt: {"attempt", "at", "error", "message"}. NULL on the many that never failed.
     failures       jsonb,
@@ -164,7 +167,8 @@ CREATE TABLE IF NOT EXISTS processed_events (
 ) WITH (autovacuum_vacuum_insert_scale_factor = 0.05);
 
 -- Events that nobody will try again by themselves. A row leaves by redrive (deleted, the outbox row made due) and stays
--- when discarded, with the reason. An undecodable message has no event of ours: its id is derived from its place in Kafka.
+-- when discarded, with the reason, until retention deletes it. An undecodable message has no event of ours: its id is derived
+-- from its place in Kafka.
 CREATE TABLE IF NOT EXISTS dead_letter_events (
     event_id       uuid        PRIMARY KEY,
     event_type     text,
@@ -188,6 +192,40 @@ CREATE TABLE IF NOT EXISTS dead_letter_events (
 CREATE INDEX IF NOT EXISTS dead_letter_open ON dead_letter_events (failed_at DESC, event_id) WHERE discarded_at IS NULL;
 CREATE INDEX IF NOT EXISTS dead_letter_aggregate ON dead_letter_events (aggregate_id);
 
+-- Behind what later events of an aggregate wait, where a handler asks for that: its events that are retried, postponed, or buried.
+-- Usually empty. A row leaves when its event is processed or discarded; one that outlived that holds nothing any more.
+CREATE TABLE IF NOT EXISTS held_aggregates (
+    aggregate_id uuid   NOT NULL,
+    seq          bigint NOT NULL,
+    event_id     uuid   NOT NULL,
+    PRIMARY KEY (aggregate_id, seq)
+);
+
+-- ---------------------------------------------------------------------------------------------- circuit breakers
+-- Whom no worker asks for the time being, because there was no answer. A row for each party outside, none until it first
+-- happens. Who moves it: `failures` calls in a row of one worker open it; whoever comes first when `due_at` has come claims the
+-- probe (half-open); the probe's end closes it or opens it for longer. A claim whose worker died is claimed again at `due_at`.
+CREATE TABLE IF NOT EXISTS circuits (
+    name      text        PRIMARY KEY,
+    state     text        NOT NULL CHECK (state IN ('closed', 'open', 'half-open')),
+    opened_at timestamptz NOT NULL DEFAULT now(),
+    due_at    timestamptz NOT NULL,
+    -- Claimed since it was opened. A probe's end names its own number: one that outlived its claim decides nothing.
+    probes    integer     NOT NULL DEFAULT 0,
+    worker_id text
+) WITH (fillfactor = 20);
+
+-- ------------------------------------------------------------------------------------------- continuous auditor
+-- What it has found last, for every process to show. Who moves it: the elected process, after each of its turns.
+CREATE TABLE IF NOT EXISTS audit_result (
+    only_row   boolean     PRIMARY KEY DEFAULT true CHECK (only_row),
+    audited_at timestamptz NOT NULL DEFAULT now(),
+    process    text        NOT NULL,
+    orders     integer     NOT NULL,
+    -- {invariant: how many orders are known of which it does not hold}
+    violations jsonb       NOT NULL
+) WITH (fillfactor = 20);
+
 -- ------------------------------------------------------------------------------------------- idempotency keys
 CREATE TABLE IF NOT EXISTS idempotency_keys (
     key          text        PRIMARY KEY,
@@ -198,7 +236,7 @@ CREATE TABLE IF NOT EXISTS idempotency_keys (
 ) WITH (autovacuum_vacuum_insert_scale_factor = 0.05);
 
 -- ------------------------------------------------------------------------------------- the simulated gateway
--- Stands for a system that is not ours: nothing of the order flow joins it but `audit` and `explain`. One charge a
+-- Stands for a system that is not ours: nothing of the order flow joins it but `audit`, `explain` and retention. One charge a
 -- reference and a key, which is what a real gateway's idempotency promises and what makes a double charge visible.
 CREATE TABLE IF NOT EXISTS gateway_charges (
     id              uuid          NOT NULL,
@@ -212,7 +250,8 @@ CREATE INDEX IF NOT EXISTS gateway_charges_reference ON gateway_charges (referen
 
 CREATE TABLE IF NOT EXISTS gateway_control (
     only_row   boolean     PRIMARY KEY DEFAULT true CHECK (only_row),
-    mode       text        NOT NULL CHECK (mode IN ('random', 'succeed', 'decline', 'error', 'timeout', 'hang')),
+    mode       text        NOT NULL CHECK (mode IN ('random', 'succeed', 'decline', 'error', 'timeout', 'hang',
+                                                        'unavailable')),
     changed_at timestamptz NOT NULL DEFAULT now()
 );
 INSERT INTO gateway_control (mode) VALUES ('random') ON CONFLICT DO NOTHING;

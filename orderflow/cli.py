@@ -40,6 +40,7 @@ COMMANDS: dict[str, dict[str, tuple[str, str]]] = {
         "dead-letters": ("dead_letters:dead_letters", "List, show, redrive or discard events that failed."),
         "events": ("events:events", "Publish chosen events again."),
         "gateway": ("gateway:gateway", "Switch the simulated gateway's behaviour."),
+        "keys": ("keys:keys", "Make API keys."),
     },
     "Check": {
         "audit": ("audit:audit", "Check every invariant over the whole database."),
@@ -134,10 +135,10 @@ class Program(click.Group):
             )
         except Exception as error:
             if debug and not isinstance(error, ClosedOutput):
-                traceback.print_exc()
+                click.echo(_without_secrets(traceback.format_exc()), err=True, nl=False)
             code, line = explained(error)
             if line:
-                click.echo(f"orderflow: {line}", err=True)
+                click.echo(f"orderflow: {_without_secrets(line)}", err=True)
         sys.exit(code if isinstance(code, int) else DONE)
 
 
@@ -179,6 +180,16 @@ def explained(error: Exception) -> tuple[int, str]:
             f"{error.name} is not installed: in a checkout `make run` installs it (--debug shows who needs it)",
         )
     return FAILED, _one_line(f"{type(error).__name__}: {error} (--debug shows the traceback)")
+
+
+def _without_secrets(text: str) -> str:
+    """Errors that nobody foresaw, and those of libraries, may quote an address with its password."""
+    from orderflow.settings import SettingsError, load, masked, without_secrets
+
+    try:
+        return without_secrets(text, load())
+    except SettingsError:
+        return masked(text)
 
 
 def _one_line(text: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from typing import Any, Final
 
 import orjson
@@ -27,7 +28,12 @@ EVENTS: Final = {
     "LIBRARY_WARNING": YELLOW,
     "DRAIN_INCOMPLETE": YELLOW,
     "LOG_LINES_DROPPED": YELLOW,
+    "RETENTION_REFUSED": YELLOW,
     "DLQ_EVENT": RED,
+    "AUDIT_VIOLATION": RED,
+    "AUDIT_FAILED": RED,
+    "STALLED": RED,
+    "LOOP_BLOCKED": RED,
     "ROLE_CRASHED": RED,
     "TASK_CRASHED": RED,
     "PROCESS_CRASHED": RED,
@@ -44,7 +50,10 @@ class ConsoleFormat:
         self._second = 0
         self._clock = ""
 
-    def __call__(self, service: str, event: str, fields: dict[str, Any]) -> bytes:
+    def __call__(self, service: str, event: str, facts: Sequence[dict[str, Any]]) -> list[bytes]:
+        return [self._line(service, event, fields) for fields in facts]
+
+    def _line(self, service: str, event: str, fields: dict[str, Any]) -> bytes:
         words = [
             self._painted(self._time(), DIM),
             self._painted(escaped(service).ljust(16), SERVICES.get(service, "")),

@@ -22,7 +22,7 @@ from orderflow.orders.model import IllegalTransition, State, path_to
 # What happens first when a transaction gives several things the same time.
 _RANK: Final = {
     "charge": 0, "attempt": 1, "delivery": 2, "dead letter": 3, "transition": 4, "event": 5, "publish": 6, "due": 7,
-    "discard": 8,
+    "discard": 8, "retention": 9,
 }  # fmt: skip
 
 
@@ -120,6 +120,9 @@ def _transitions(order: asyncpg.Record) -> Iterator[Entry]:
             f"version {order['version']}: no legal path leads here (see `orderflow audit`)",
         )  # fmt: skip
         return
+    if order["retired_at"] is not None:
+        what = "deleted: events, deliveries and charges"
+        yield Entry(order["retired_at"], "retention", what, "finished and older than ORDERFLOW_RETENTION_DAYS")
     for version, (state, at) in enumerate(zip(path, times, strict=False), 1):
         before = "" if version == 1 else f"{path[version - 2]} -> "
         last = version == len(path)

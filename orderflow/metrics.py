@@ -1,4 +1,4 @@
-"""Counters and histograms for Prometheus, and the METRICS line: both count the facts that telemetry tells of.
+"""Counters and histograms for Prometheus, which count the facts that telemetry tells of.
 
 prometheus_client is imported by `install` only. It decides at its import whether the processes of one parent share
 their counts: the parent sets PROMETHEUS_MULTIPROC_DIR for them (`processes`). Each count of its own costs microseconds then, a
@@ -17,11 +17,10 @@ from typing import TYPE_CHECKING, Any, Final
 
 from orderflow import __version__
 from orderflow.engine import telemetry
-from orderflow.engine.patience import within
-from orderflow.engine.telemetry import WORKER, Facts, emit
+from orderflow.engine.telemetry import Facts
 
 if TYPE_CHECKING:
-    from prometheus_client import Counter, Histogram
+    from prometheus_client import Counter, Gauge, Histogram
 
     from orderflow.settings import Settings
 
@@ -53,11 +52,20 @@ class Metrics:
         def counter(name: str, text: str, *labels: str) -> Counter:
             return Counter(name, text, labels, registry=registry)
 
+        def gauge(name: str, text: str, mode: str, *labels: str) -> Gauge:
+            return Gauge(name, text, labels, registry=registry, multiprocess_mode=mode)  # type: ignore[arg-type]
+
         published = counter("orderflow_events_published_total", "Events that Kafka has acknowledged.", "event_type")
         payments = counter("orderflow_payments_total", "Payments by how they ended.", "status")
         crashes = counter("orderflow_role_crashes_total", "Crashes of a role that were not a server's absence.", "role")
         self._requests = counter(
             "orderflow_http_requests_total", "HTTP requests that were answered.", "method", "route", "status"
+        )
+        self._violations = gauge(
+            "orderflow_audit_violations", "Orders that the continuous auditor knows to be wrong.", "livemostrecent", "invariant"
+        )
+        self._audited = gauge(
+            "orderflow_audit_last_run_timestamp_seconds", "When the continuous auditor has looked last.", "livemostrecent"
         )
         dropped = counter("orderflow_log_lines_dropped_total", "Log lines let go because nobody read them in time.")
         self._request_counters: dict[tuple[str, str, int], Counter] = {}
@@ -71,8 +79,12 @@ class Metrics:
             "PAYMENT_GIVEN_UP": self._each(payments.labels("GIVEN_UP")),
             "RETRY_SCHEDULED": self._each(counter("orderflow_retries_total", "Failed attempts that will be repeated.")),
             "DLQ_EVENT": self._each(counter("orderflow_dead_letters_total", "Events buried as dead letters.")),
+            "EVENT_POSTPONED": self._each(counter("orderflow_postponed_total", "Deliveries put off; no attempt was used up.")),
+            "GATEWAY_UNANSWERED": self._each(counter("orderflow_gateway_unanswered_total", "Calls without an answer.")),
             "ROLE_CRASHED": self._by_label(crashes, "role"),
-            # From the log writer's thread, so straight to the library, which has a lock.
+            "STALLED": self._by_label(counter("orderflow_stalls_total", "Restarts of roles that stood still.", "role"), "role"),
+            "AUDITED": self._show_audit,
+            # From the log writer's thread: the library has a lock.
             "LOG_LINES_DROPPED": lambda facts: dropped.inc(facts[0]["lines"]),
             # The supervisor's last word: it may end the process before anything else is called.
             "STOPPED": lambda facts: self.flush(),
@@ -82,10 +94,13 @@ class Metrics:
             buckets=BUCKETS, registry=registry,
         )  # fmt: skip
         self._stages = {stage: _Durations(stages.labels(stage)) for stage in STAGES}
-        build = Gauge(
-            "orderflow_build_info", "Always 1; its labels tell what runs.", ("version", "python"),
-            registry=registry, multiprocess_mode="max",
-        )  # fmt: skip
+        build = gauge("orderflow_build_info", "Always 1; its labels tell what runs.", "max", "version", "python")
+        self._gauge("CIRCUIT_SEEN", "open", gauge(
+            "orderflow_circuit_open", "1 while a circuit breaker keeps the workers from the gateway.", "mostrecent"
+        ))  # fmt: skip
+        self._gauge("BACKLOG_SEEN", "seconds", gauge(
+            "orderflow_backlog_age_seconds", "How long the oldest CREATED order has waited.", "mostrecent"
+        ))  # fmt: skip
         # Of this process; where several share their counts, theirs cannot be added up and are not shown (`render`).
         ProcessCollector(registry=registry)
         PlatformCollector(registry=registry)
@@ -139,6 +154,11 @@ class Metrics:
             self.flush()
             await asyncio.gather(task, return_exceptions=True)
 
+    def _show_audit(self, facts: Facts) -> None:
+        for invariant, count in facts[-1]["violations"].items():
+            self._violations.labels(invariant).set(count)
+        self._audited.set_to_current_time()
+
     def _each(self, counter: Counter) -> Count:
         pending = self._pending
 
@@ -146,6 +166,9 @@ class Metrics:
             pending[counter] += len(facts)
 
         return count
+
+    def _gauge(self, event: str, field: str, gauge: Gauge) -> None:
+        self._counts[event] = lambda facts: gauge.set(float(facts[-1][field]))
 
     def _by_label(self, counter: Counter, field: str) -> Count:
         """Count by the text of one field; its label is looked up once, since a look-up costs more than the count."""
@@ -217,66 +240,3 @@ def render() -> tuple[bytes, str]:
         return generate_latest(shared), CONTENT_TYPE_LATEST
     registry = _installed.registry if _installed is not None else CollectorRegistry()
     return generate_latest(registry), CONTENT_TYPE_LATEST
-
-
-class Totals:
-    """What the METRICS line says: counts since the start of this process."""
-
-    def __init__(self) -> None:
-        self.events_processed = 0
-        self.duplicates_skipped = 0
-        self.payments_success = 0
-        self.payments_failed = 0
-        self.retried_events = 0
-        self.dlq_events = 0
-        self.said: dict[str, int] = {}
-
-    def take(self, _service: str, event: str, facts: Facts) -> None:
-        """Count these facts; a telemetry subscriber."""
-        match event:
-            case "EVENT_PROCESSED":
-                self.events_processed += len(facts)
-            case "PAYMENT_RESULT":
-                paid = sum(fields.get("status") == "SUCCESS" for fields in facts)
-                self.payments_success += paid
-                self.payments_failed += len(facts) - paid
-            case "PAYMENT_GIVEN_UP":
-                self.payments_failed += len(facts)
-            case "DUPLICATE_EVENT":
-                self.duplicates_skipped += len(facts)
-            case "RETRY_SCHEDULED":
-                self.retried_events += len(facts)
-            case "DLQ_EVENT":
-                self.dlq_events += len(facts)
-
-    def fields(self) -> dict[str, int]:
-        """The counts by the names of the METRICS line."""
-        return {
-            "eventsProcessed": self.events_processed,
-            "duplicatesSkipped": self.duplicates_skipped,
-            "paymentsSuccess": self.payments_success,
-            "paymentsFailed": self.payments_failed,
-            "retriedEvents": self.retried_events,
-            "dlqEvents": self.dlq_events,
-        }
-
-
-async def metrics_line(settings: Settings, totals: Totals, stopping: asyncio.Event) -> None:
-    """Emit METRICS every `metrics_interval_seconds`, and once more when `stopping` is set or the task is cancelled.
-
-    The last line is left out when it would repeat the one before: a worker that waits for its servers ends often.
-    """
-
-    def say() -> None:
-        totals.said = totals.fields()
-        emit(WORKER, "METRICS", workerId=settings.worker_id, **totals.said)
-
-    try:
-        while not stopping.is_set():
-            with contextlib.suppress(TimeoutError):
-                await within(stopping.wait(), settings.metrics_interval_seconds)
-            if not stopping.is_set():
-                say()
-    finally:
-        if totals.fields() != totals.said:
-            say()

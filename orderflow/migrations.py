@@ -1,6 +1,7 @@
 """Create or upgrade the schema. `schema.sql` is the whole current schema; `upgrades/NNNN.sql` leads from the version before.
 
-Runs under an advisory lock, each step in a transaction: safe to run twice, and from many processes at once.
+`roles.sql` gives the roles of least privilege their rights, where somebody wants them. Runs under an advisory lock, each step
+in a transaction: safe to run twice, and from many processes at once.
 """
 
 from __future__ import annotations
@@ -13,9 +14,11 @@ import asyncpg
 from orderflow.engine.patience import Misconfigured
 from orderflow.engine.postgres import Connection, close_connection, connect
 
-VERSION = 3
+VERSION = 5
 MIGRATE_LOCK = 0x6F72_6465_7266_6C77
 OLDEST_SERVER = 150000
+# Whether somebody has run roles.sql in this database: its roles belong to the whole server.
+_HAS_ROLES = "SELECT coalesce(has_table_privilege(to_regrole('orderflow_app')::oid, 'schema_version', 'SELECT'), false)"
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,8 +48,10 @@ async def current_version(connection: Connection) -> int:
     return int(await connection.fetchval("SELECT coalesce(max(version), 0) FROM schema_version"))
 
 
-async def migrate(url: str, *, timeout: float = 600.0, target: int = VERSION, steps: dict[int, str] | None = None) -> Migrated:
-    """Bring the database at `url` to version `target`.
+async def migrate(
+    url: str, *, timeout: float = 600.0, target: int = VERSION, steps: dict[int, str] | None = None, roles: bool = False
+) -> Migrated:
+    """Bring the database at `url` to version `target`. `roles`: with the roles of `roles.sql`; an upgrade renews their rights.
 
     Raises Misconfigured when the server is older than PostgreSQL 15, the schema is newer than this program, or the user
     may not create tables; DependencyUnavailable when the server cannot be reached.
@@ -63,6 +68,8 @@ async def migrate(url: str, *, timeout: float = 600.0, target: int = VERSION, st
             await _apply(connection, before, target, upgrade_steps() if steps is None else steps)
         except asyncpg.InsufficientPrivilegeError as error:
             raise Misconfigured(f"the database user may not create the schema: {error}") from error
+        if roles or (before < target and await connection.fetchval(_HAS_ROLES)):
+            await _grant(connection)
         return Migrated(before, target)
     finally:
         await close_connection(connection)
@@ -80,6 +87,17 @@ async def _apply(connection: asyncpg.Connection, before: int, target: int, steps
         async with connection.transaction():
             await connection.execute(steps[version])
             await connection.execute("INSERT INTO schema_version (version) VALUES ($1)", version)
+
+
+async def _grant(connection: asyncpg.Connection) -> None:
+    try:
+        async with connection.transaction():
+            await connection.execute(Path(__file__).with_name("roles.sql").read_text("utf-8"))
+    except asyncpg.InsufficientPrivilegeError as error:
+        raise Misconfigured(
+            f"the roles have not been given their rights ({error}): run this as the owner of the tables; where that one may "
+            "not create roles, somebody else runs `CREATE ROLE orderflow_app; CREATE ROLE orderflow_read;` once before"
+        ) from error
 
 
 def refuse_newer(found: int, expected: int = VERSION) -> None:

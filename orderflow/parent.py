@@ -1,10 +1,11 @@
-"""End with the parent process: the other half of `processes`, in each child."""
+"""The other half of `processes`, in each child: tell the parent that we are up, and end when it does."""
 
 from __future__ import annotations
 
 import os
 import signal
 import time
+from contextlib import suppress
 from threading import Thread
 
 MARGIN_SECONDS = 2.0
@@ -17,6 +18,14 @@ def watch_parent(grace: float, descriptor: int = 0) -> None:
     has `grace` and two seconds to live. A thread watches, so that a blocked event loop leaves no orphan.
     """
     Thread(target=_wait_for_the_end, args=(grace, descriptor), name="watch-parent", daemon=True).start()
+
+
+def tell_parent(descriptor: int | None) -> None:
+    """Say once that all roles are up; a parent that has ended does not hear it."""
+    if descriptor is not None:
+        with suppress(OSError):
+            os.write(descriptor, b"\n")
+            os.close(descriptor)
 
 
 def _wait_for_the_end(grace: float, descriptor: int) -> None:

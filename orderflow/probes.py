@@ -46,11 +46,15 @@ def _address(server: str) -> tuple[str, int]:
 
 
 async def _reach(host: str, port: int) -> str | None:
-    """None when something accepts connections there, else why not."""
+    """None when something accepts connections there, else why not: anyone may read that, so no address."""
     try:
         async with asyncio.timeout(TIMEOUT_SECONDS):
             _, writer = await asyncio.open_connection(host, port)
-    except (OSError, TimeoutError) as error:
-        return f"{host}:{port}: {str(error) or 'no answer'}"
+    except TimeoutError:
+        return "does not answer"
+    except ConnectionRefusedError:
+        return "refuses connections"
+    except OSError as error:
+        return f"cannot be reached: {type(error).__name__}"
     writer.close()
     return None

@@ -8,20 +8,19 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import errno
 import os
-import re
 import shutil
 import signal
 import socket
-import sys
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
+from orderflow.children import child_command, child_environment, worker_name
 from orderflow.engine.patience import Misconfigured, within
 from orderflow.engine.telemetry import PROCESS, emit
+from orderflow.held_port import held_port
 from orderflow.settings import ROLES, Role, Settings, environment_name
 from orderflow.supervisor import (
     FAILED,
@@ -39,12 +38,8 @@ Command = Callable[[Role], Sequence[str]]
 
 KILL_MARGIN_SECONDS: Final = 2.0
 REAP_SECONDS: Final = 5.0
-METRICS_VARIABLE: Final = "PROMETHEUS_MULTIPROC_DIR"
-
-
-def child_command(role: Role) -> list[str]:
-    """The command line of a process with this one role; everything else comes with its environment."""
-    return [sys.executable, "-m", "orderflow", "run", "--role", role]
+# For a process that takes another's place to come up.
+START_SECONDS: Final = 30.0
 
 
 async def run_processes(settings: Settings, counts: Mapping[Role, int], *, command: Command = child_command) -> int:
@@ -52,20 +47,22 @@ async def run_processes(settings: Settings, counts: Mapping[Role, int], *, comma
 
     A process that ends is started again; after a crash only while its budget lasts (`crash_budget` within
     `crash_window_seconds`). The first SIGTERM, SIGINT or SIGHUP reaches every child, as SIGTERM; `grace_seconds` and
-    two more later it is SIGKILL. A second signal kills at once. Returns the exit code: 0, 1 for a spent budget or
-    settings that a child refuses, 128 + the second signal's number. Raises Misconfigured when the HTTP port is taken.
+    two more later it is SIGKILL. A second signal kills at once. SIGUSR1 replaces every process, one after the other (a
+    rolling restart). Returns the exit code: 0, 1 for a spent budget or settings that a child refuses, 128 + the second
+    signal's number. Raises Misconfigured when the HTTP port is taken.
     """
     slots = [_Slot(role, number) for role in ROLES for number in range(1, counts.get(role, 0) + 1)]
     if not slots:
         raise Misconfigured("nothing to run: give at least one of --api, --publisher, --worker a number above 0")
     with contextlib.ExitStack() as stack:
         port = settings.http_port
+        sockets: Sequence[socket.socket] = ()
         if counts.get("api", 0):
-            port = stack.enter_context(reserved_port(settings.http_host, port))
+            port, sockets = stack.enter_context(held_port(settings.http_host, port))
         metrics = tempfile.mkdtemp(prefix="orderflow-metrics-")
         stack.callback(shutil.rmtree, metrics, ignore_errors=True)
-        inherited = child_environment(settings, port=port, metrics=metrics)
-        return await _Processes(settings, slots, command, inherited, metrics).run()
+        inherited = child_environment(settings, port=port, metrics=metrics, sockets=sockets)
+        return await _Processes(settings, slots, command, inherited, metrics, sockets).run()
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,79 +77,21 @@ class _Slot:
         return f"{self.role}-{self.number}"
 
 
-def child_environment(settings: Settings, *, port: int, metrics: str) -> dict[str, str]:
-    """Our own environment, and in it every setting: on a command line `ps` would show the passwords."""
-    ours = {
-        environment_name(name): _as_text(value)
-        for name in Settings.model_fields
-        if (value := getattr(settings, name)) is not None
-    }
-    ours |= {
-        environment_name("http_port"): str(port),
-        environment_name("http_reuse_port"): "true",
-        environment_name("dev_children"): "true",
-        METRICS_VARIABLE: metrics,
-    }
-    # Names of settings are read in any case: one in small letters must not stand beside ours.
-    return {name: value for name, value in os.environ.items() if name.upper() not in ours} | ours
-
-
-def _as_text(value: object) -> str:
-    return str(value).lower() if isinstance(value, bool) else str(value)
-
-
-def worker_name(base: str, number: int) -> str:
-    """The id of the worker with this number: `payment-worker-3` for the third of `payment-worker-1`."""
-    return f"{re.sub(r'-[0-9]+$', '', base)}-{number}"
-
-
-@contextlib.contextmanager
-def reserved_port(host: str, port: int) -> Iterator[int]:
-    """Hold the port for our children; yields its number (a free one for 0).
-
-    Raises Misconfigured when something else listens there, or the address is not ours to use.
-    """
-    try:
-        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        # Without SO_REUSEPORT, with which we would share the port with whoever listens there already.
-        with socket.socket(family, kind, protocol) as alone:
-            alone.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            alone.bind(address)
-            found = int(alone.getsockname()[1])
-        shared = socket.socket(family, kind, protocol)
-    except OSError as error:
-        raise Misconfigured(_port_error(host, port, error)) from error
-    with shared:
-        try:
-            shared.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
-            # It never listens, so it receives nothing; the port stays ours while no API process lives.
-            shared.bind((address[0], found, *address[2:]))
-        except OSError as error:
-            raise Misconfigured(_port_error(host, found, error)) from error
-        yield found
-
-
-def _port_error(host: str, port: int, error: OSError) -> str:
-    match error.errno:
-        case errno.EADDRINUSE:
-            return f"port {port} on {host} is taken: stop what listens there, or set HTTP_PORT to another"
-        case errno.EACCES | errno.EPERM:
-            return f"port {port} on {host} may not be used by this user: set HTTP_PORT to one above 1023"
-        case _:
-            reason = error.strerror or error
-            return f"cannot listen on {host}:{port}: {reason}; check ORDERFLOW_HTTP_HOST and HTTP_PORT"
-
-
 class _Processes:
     def __init__(
-        self, settings: Settings, slots: Sequence[_Slot], command: Command, environment: dict[str, str], metrics: str
-    ) -> None:
+        self, settings: Settings, slots: Sequence[_Slot], command: Command, environment: dict[str, str], metrics: str,
+        sockets: Sequence[socket.socket],
+    ) -> None:  # fmt: skip
         self._settings = settings
         self._slots = slots
         self._command = command
         self._environment = environment
         self._metrics = metrics
+        self._sockets = sockets
         self._running: dict[_Slot, asyncio.subprocess.Process] = {}
+        # Set while the slot's process has come up.
+        self._up = {slot: asyncio.Event() for slot in slots}
+        self._rolling: asyncio.Task[None] | None = None
         self._stopping = asyncio.Event()
         self._killing = asyncio.Event()
         self._code = OK
@@ -162,6 +101,7 @@ class _Processes:
         numbers = stop_signals()
         for number in numbers:
             loop.add_signal_handler(number, self._on_signal, number)
+        loop.add_signal_handler(signal.SIGUSR1, self._on_roll)
         tasks = [loop.create_task(self._keep_running(slot), name=slot.name) for slot in self._slots]
         for task in tasks:
             task.add_done_callback(self._ended)
@@ -172,7 +112,9 @@ class _Processes:
             self._signal_all(signal.SIGKILL)
             for task in tasks:
                 task.cancel()
-            for number in numbers:
+            if self._rolling is not None:
+                self._rolling.cancel()
+            for number in (*numbers, signal.SIGUSR1):
                 loop.remove_signal_handler(number)
         return self._code
 
@@ -182,6 +124,25 @@ class _Processes:
         elif not self._killing.is_set():
             self._code = 128 + number
             self._killing.set()
+
+    def _on_roll(self) -> None:
+        if not self._stopping.is_set() and (self._rolling is None or self._rolling.done()):
+            self._rolling = asyncio.get_running_loop().create_task(self._roll(), name="rolling restart")
+
+    async def _roll(self) -> None:
+        """End each process and wait until another is up in its place; the first that does not come up ends the roll."""
+        for slot in self._slots:
+            up = self._up[slot]
+            try:
+                await within(up.wait(), START_SECONDS)
+                up.clear()
+                if (process := self._running.get(slot)) is not None:
+                    _send(process, signal.SIGTERM)
+                await within(up.wait(), self._settings.grace_seconds + KILL_MARGIN_SECONDS + START_SECONDS)
+            except TimeoutError:
+                emit(PROCESS, "ROLLING_RESTART_STOPPED", process=slot.name)
+                return
+        emit(PROCESS, "ROLLING_RESTART_DONE", processes=len(self._slots))
 
     def _stop(self, reason: str) -> None:
         if not self._stopping.is_set():
@@ -234,23 +195,31 @@ class _Processes:
     async def _run_once(self, slot: _Slot) -> int:
         """Start the slot's process and wait for its end; returns its exit code, negative for a signal."""
         reading, writing = os.pipe()
+        hearing, telling = os.pipe()
         try:
-            process = await self._start(slot, reading)
+            process = await self._start(slot, reading, telling)
         except OSError as error:
             os.close(writing)
+            os.close(hearing)
             emit(PROCESS, "PROCESS_CRASHED", process=slot.name, error=f"cannot be started: {error}")
             return FAILED
         finally:
             os.close(reading)
+            os.close(telling)
         self._running[slot] = process
         emit(PROCESS, "PROCESS_STARTED", process=slot.name, processId=process.pid)
+        loop = asyncio.get_running_loop()
+        loop.add_reader(hearing, self._hear, slot, hearing)
         try:
             if self._stopping.is_set():
                 _send(process, signal.SIGTERM)
             how = await process.wait()
         finally:
+            loop.remove_reader(hearing)
+            self._up[slot].clear()
             del self._running[slot]
             os.close(writing)
+            os.close(hearing)
         _forget_metrics(process.pid, self._metrics)
         expected = how == OK or self._stopping.is_set()
         ending = {"exitCode": how} if how >= 0 else {"signal": signal.Signals(-how).name}
@@ -259,14 +228,21 @@ class _Processes:
         )  # fmt: skip
         return how
 
-    async def _start(self, slot: _Slot, stdin: int) -> asyncio.subprocess.Process:
-        environment = self._environment
+    def _hear(self, slot: _Slot, descriptor: int) -> None:
+        # At the end of the pipe nothing is read: it has ended before it was up.
+        if os.read(descriptor, 1):
+            self._up[slot].set()
+        asyncio.get_running_loop().remove_reader(descriptor)
+
+    async def _start(self, slot: _Slot, stdin: int, telling: int) -> asyncio.subprocess.Process:
+        environment = self._environment | {environment_name("ready_descriptor"): str(telling)}
         if slot.role == "worker":
             name = worker_name(self._settings.worker_id, slot.number)
             environment = environment | {environment_name("worker_id"): name}
         # A session of its own: Ctrl-C in a terminal is for us, and reaches the children as one SIGTERM from us.
+        sockets = [one.fileno() for one in self._sockets] if slot.role == "api" else []
         return await asyncio.create_subprocess_exec(
-            *self._command(slot.role), stdin=stdin, env=environment, start_new_session=True
+            *self._command(slot.role), stdin=stdin, env=environment, start_new_session=True, pass_fds=(telling, *sockets)
         )
 
     def _ended(self, task: asyncio.Task[None]) -> None:

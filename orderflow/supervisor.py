@@ -19,6 +19,7 @@ from typing import Any, Final, Protocol
 
 from orderflow.engine.patience import Misconfigured, is_transient, within
 from orderflow.engine.telemetry import PROCESS, emit
+from orderflow.settings import masked
 
 OK: Final = 0
 FAILED: Final = 1
@@ -93,7 +94,7 @@ def report_failure(reason: str) -> None:
     emit(PROCESS, "FAILED", error=reason)
     # A closed stderr must not keep the other roles from draining.
     with contextlib.suppress(OSError, ValueError):
-        print(f"orderflow: {reason}", file=sys.stderr, flush=True)
+        print(f"orderflow: {masked(reason)}", file=sys.stderr, flush=True)
 
 
 async def supervise(

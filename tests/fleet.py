@@ -58,6 +58,9 @@ class Process:
             try:
                 document = json.loads(line)
             except ValueError:
+                document = None
+            # What is meant for people may be JSON as well, printed over several lines.
+            if not isinstance(document, dict) or "service" not in document:
                 self.said.append(line.decode().rstrip())
                 continue
             self.facts.take(document.pop("service"), document.pop("type"), (document,))

@@ -13,6 +13,7 @@ import asyncpg
 
 from orderflow.embedded.kafka import ApacheKafka
 from orderflow.engine import telemetry
+from orderflow.engine.circuit import Circuit
 from orderflow.engine.executor import Executor
 from orderflow.engine.handling import Handler
 from orderflow.engine.ids import new_id
@@ -199,11 +200,12 @@ def worker_with(
 @asynccontextmanager
 async def executing(
     url: str, gateway: Gateway | None = None, *, handlers: Mapping[str, Handler] | None = None,
-    worker_id: str = "payment-worker-1", policy: RetryPolicy = QUICK, timeout: float = 5.0,
+    worker_id: str = "payment-worker-1", policy: RetryPolicy = QUICK, timeout: float = 5.0, failures: int = 0,
 ) -> AsyncIterator[Executor]:  # fmt: skip
-    """An executor with the payment's handler and this gateway, or with the handlers given."""
+    """An executor with the payment's handler and this gateway, or with the handlers given; `failures`: see Circuit."""
     async with opened(url, size=8) as database:
-        charge = ChargeHandler(database, gateway or FakeGateway(), worker_id=worker_id, timeout=timeout)
+        circuit = Circuit(database, "gateway", worker_id=worker_id, failures=failures)
+        charge = ChargeHandler(database, gateway or FakeGateway(), circuit, worker_id=worker_id, timeout=timeout)
         chosen = {"OrderCreated": charge} if handlers is None else handlers
         executor = Executor(database, chosen, policy, worker_id=worker_id, subjects=SUBJECTS)
         try:
@@ -211,6 +213,7 @@ async def executing(
         finally:
             await executor.close()
             await charge.close()
+            await circuit.close()
 
 
 class FakeGateway:

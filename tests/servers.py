@@ -151,11 +151,16 @@ async def running_postgres() -> AsyncIterator[EmbeddedPostgres]:
             await server.wipe()
 
 
+def make_kafka(directory: Path, **options: object) -> ApacheKafka:
+    """An Apache Kafka for tests in that directory: none runs for so long that Java's second compiler would pay."""
+    return ApacheKafka(directory, java_options=("-XX:TieredStopAtLevel=1",), **options)  # type: ignore[arg-type]
+
+
 @asynccontextmanager
 async def running_kafka() -> AsyncIterator[ApacheKafka]:
     """A private Apache Kafka, removed with its data afterwards."""
     with scratch_directory() as directory:
-        server = ApacheKafka(directory / "kafka")
+        server = make_kafka(directory / "kafka")
         try:
             await server.start()
             yield server

@@ -13,7 +13,9 @@ from uuid import UUID
 
 import aiohttp
 
+from orderflow import listening
 from orderflow.engine import telemetry
+from orderflow.engine.handoff import Handoff
 from orderflow.engine.postgres import Database
 from orderflow.health import Health
 from orderflow.orders.http import Api
@@ -43,12 +45,13 @@ class Served:
     stopping: asyncio.Event
     running: asyncio.Task[None]
     session: aiohttp.ClientSession
-    wakes: list[None] = field(default_factory=list)
+    handoff: Handoff
+    scheme: str = "http"
     facts: list[tuple[str, str, dict[str, Any]]] = field(default_factory=list)
 
     @property
     def url(self) -> str:
-        return f"http://127.0.0.1:{self.api.port}"
+        return f"{self.scheme}://127.0.0.1:{self.api.port}"
 
     async def ask(self, method: str, path: str, **options: Any) -> Answer:
         """Send one request and read the answer."""
@@ -86,7 +89,7 @@ async def serving(url: str, **settings: Any) -> AsyncIterator[Served]:
     given = {"http_port": 0, "database_pool_size": 4, "grace_seconds": 5.0, **settings}
     limits = Settings(_env_file=None, database_url=url, **given)
     health, stopping = Health(["api"]), asyncio.Event()
-    wakes: list[None] = []
+    handoff = Handoff()
     facts: list[tuple[str, str, dict[str, Any]]] = []
 
     async def open_database() -> Database:
@@ -97,12 +100,15 @@ async def serving(url: str, **settings: Any) -> AsyncIterator[Served]:
         open_database,
         health,
         lambda: (b"up 1\n", "text/plain; version=0.0.4; charset=utf-8"),
-        lambda: wakes.append(None),
+        handoff,
+        keys=listening.api_keys(limits),
+        tls=listening.tls(limits),
     )
+    scheme = "https" if limits.http_certificate_file else "http"
     with telemetry.subscribed(lambda service, event, told: facts.extend((service, event, fields) for fields in told)):
         running = asyncio.create_task(api.run(stopping))
         async with aiohttp.ClientSession(timeout=TIMEOUT, connector=aiohttp.TCPConnector(limit=0)) as session:
-            served = Served(api, health, stopping, running, session, wakes, facts)
+            served = Served(api, health, stopping, running, session, handoff, scheme, facts)
             try:
                 await eventually(lambda: health.status != "starting" or running.done(), what="the API starts")
                 if running.done():

@@ -29,8 +29,8 @@ class Rule(NamedTuple):
 # One row a room, from the bottom of the house to its top. `engine` knows messages and never orders; `model` is
 # pure; `orders` and `payments` meet through messages and the order store, never through each other's
 # internals; `embedded` starts servers and knows nothing of what they are for.
-TELLING = ("console_log", "health", "log_writer", "logs", "metrics", "operations", "probes")
-WORKING = ("engine", "migrations", "orders", "payments", "parent", "settings", "supervisor")
+TELLING = ("console_log", "health", "log_writer", "logs", "loop_watchdog", "metrics", "operations", "probes", "totals")
+WORKING = ("engine", "listening", "migrations", "orders", "payments", "parent", "settings", "supervisor")
 RULES = (
     Rule("engine", (), ("asyncpg", "aiokafka", "orjson")),
     Rule("settings", (), ("pydantic", "pydantic_settings")),
@@ -40,7 +40,9 @@ RULES = (
     Rule("console_log", (), ("orjson",)),
     Rule("logs", ("console_log", "engine", "log_writer", "settings"), ("orjson",)),
     Rule("metrics", ("engine", "settings"), ("prometheus_client",)),
+    Rule("totals", ("engine", "settings"), STDLIB_ONLY),
     Rule("probes", ("health",), STDLIB_ONLY),
+    Rule("listening", ("orders.api_keys", "settings"), STDLIB_ONLY),
     Rule("migrations", ("engine",), ("asyncpg",)),
     Rule("orders.model", (), STDLIB_ONLY),
     Rule("orders.store", ("engine", "orders.model"), ("asyncpg", "orjson")),
@@ -51,14 +53,20 @@ RULES = (
     Rule("payments", ("engine", "orders.model", "orders.store"), ANY),
     Rule("console", ("engine", "orders", "settings"), ANY),
     Rule("audit", ("engine",), ("asyncpg",)),
+    Rule("audit_result", ("engine", "health"), ("asyncpg", "orjson")),
+    Rule("auditor", ("audit", "audit_result", "engine", "health"), ("asyncpg",)),
+    Rule("retention", ("audit", "engine"), ("asyncpg",)),
     Rule("explain", ("engine", "orders.model"), ("asyncpg", "orjson")),
     Rule("supervisor", ("engine", "settings"), STDLIB_ONLY),
-    Rule("processes", ("engine", "settings", "supervisor"), ("prometheus_client",)),
+    Rule("loop_watchdog", ("engine", "supervisor"), STDLIB_ONLY),
+    Rule("held_port", ("engine",), STDLIB_ONLY),
+    Rule("children", ("settings",), STDLIB_ONLY),
+    Rule("processes", ("children", "engine", "held_port", "settings", "supervisor"), ("prometheus_client",)),
     Rule("embedded", (), ANY),
     Rule("bench", ("audit", "embedded", *WORKING), ANY),
     Rule("torture", ("audit", "bench", "embedded", "explain", *WORKING), ANY),
-    Rule("app", ("console", "processes", *TELLING, *WORKING), ("uvloop",)),
-    Rule("commands", ("app", "audit", "bench", "embedded", "explain", "torture", *TELLING, *WORKING), ANY),
+    Rule("app", ("audit_result", "auditor", "console", "processes", "retention", *TELLING, *WORKING), ("uvloop",)),
+    Rule("commands", ("app", "audit", "bench", "embedded", "explain", "retention", "torture", *TELLING, *WORKING), ANY),
     Rule("cli", ("commands", "engine.patience", "settings"), ("click",)),
     Rule("__main__", ("cli",), STDLIB_ONLY),
     Rule("", (), STDLIB_ONLY),
@@ -70,7 +78,7 @@ READS_ENVIRONMENT = {
     "embedded": "starts foreign programs, whose environment it must clean",
     "bench": "starts foreign programs, whose environment it must clean",
     "commands.environment": "`doctor` and `settings` say where a value comes from",
-    "processes": "hands its own environment on to the processes that it starts",
+    "children": "hands its own environment on to the processes that it starts",
 }
 
 LONGEST_MODULE = 300

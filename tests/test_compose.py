@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from orderflow.settings import ROLES, Settings
-from tests.deployment import COMPOSE, COMPOSE_FILE, DOCKERFILE, FINAL_STAGE, ROOT, SERVICES, final
+from tests.deployment import COMPOSE, COMPOSE_FILE, DOCKERFILE, FINAL_STAGE, ROOT, SERVICES, environment_of, final
 
 OURS = [name for name, service in SERVICES.items() if str(service.get("image", "")).startswith("orderflow")]
 GRACE = Settings.model_fields["grace_seconds"].default
@@ -105,6 +105,16 @@ def test_every_setting_exists(name: str) -> None:
     assert environment["DATABASE_URL"] == "postgresql://app_user:app_password@postgres:5432/app_db"
     if name != "migrate":
         assert environment["KAFKA_BOOTSTRAP_SERVERS"] == "kafka:19092"
+
+
+@pytest.mark.parametrize("name", OURS)
+def test_an_api_without_keys_is_meant_and_published_on_loopback_only(name: str) -> None:
+    environment = environment_of(name)
+    if "ORDERFLOW_API_KEYS" not in environment and name != "migrate":
+        assert environment["ORDERFLOW_ALLOW_ANONYMOUS"] == "true"
+        assert all(port.startswith("127.0.0.1:") for port in SERVICES[name].get("ports", []))
+    # The image alone makes no such promise.
+    assert "ANONYMOUS" not in " ".join(rest for instruction, rest in FINAL_STAGE if instruction == "ENV")
 
 
 @pytest.mark.parametrize("name", OURS)

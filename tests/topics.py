@@ -9,10 +9,12 @@ from typing import Any
 
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
 from aiokafka.admin import AIOKafkaAdminClient
+from aiokafka.admin.config_resource import ConfigResource, ConfigResourceType
 
 from orderflow.engine.message import Message
 from tests.pipeline import PATIENCE
 from tests.servers import Broker
+from tests.waiting import eventually
 
 
 @asynccontextmanager
@@ -72,3 +74,19 @@ async def committed_offsets(broker: Broker, topic: str, group: str | None = None
     finally:
         await consumer.stop()
     return {partition: offset for partition, offset in found.items() if offset is not None}
+
+
+async def limited_to(broker: Broker, topic: str, size: int) -> None:
+    """Have the topic refuse batches of more bytes; returns when the broker, which answers before, knows topic and limit."""
+    admin = AIOKafkaAdminClient(bootstrap_servers=broker.bootstrap)
+    await admin.start()
+
+    async def is_known() -> bool:
+        await admin.alter_configs([ConfigResource(ConfigResourceType.TOPIC, topic, {"max.message.bytes": str(size)})])
+        (answer,) = await admin.describe_configs([ConfigResource(ConfigResourceType.TOPIC, topic, {"max.message.bytes": None})])
+        return [value for _, value, *_ in answer.resources[0][4]] == [str(size)]
+
+    try:
+        await eventually(is_known, what="the broker knows the limit")
+    finally:
+        await admin.close()

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from html import escape
 from math import ceil, floor, log10
+from typing import Protocol
 
 # Two lines of a panel differ in colour and in dashes. Every colour in full, and no CSS variables: not every viewer knows them.
 STYLE = """
@@ -151,7 +152,14 @@ def _colours(of: dict[str, str]) -> str:
     )
 
 
-def document(panels: Sequence[Panel], note: str, *, width: float, height: float) -> str:
+class Drawn(Protocol):
+    """What stands somewhere in a picture."""
+
+    def svg(self) -> str:
+        """A group of SVG elements."""
+
+
+def document(panels: Sequence[Drawn], note: str, *, width: float, height: float) -> str:
     """A whole SVG file with the panels and a line of text at its foot."""
     style = f"{STYLE}{_colours(LIGHT)}@media (prefers-color-scheme: dark) {{ {_colours(DARK)} }}"
     return (

@@ -51,7 +51,9 @@ async def _t10(bench: Bench) -> None:
 
 async def _t11(bench: Bench) -> None:
     bench.say("T11, retries")
-    run = await retries.measure(bench.servers, bench.directory, split=bench.best_split, **bench.under_load())
+    run = await retries.measure(
+        bench.servers, bench.directory, split=bench.best_split, rate=bench.extent.retries_rate, **bench.under_load()
+    )
     bench.results.keep("T11", run, run.audits)
     for figure, value in (
         ("T11 plain", run.plain.orders_per_second), ("T11", run.failing.orders_per_second),

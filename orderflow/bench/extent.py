@@ -29,6 +29,8 @@ class Extent:
     pinned_before: float = 30.0
     pinned_after: float = 60.0
     pinned_rounds: int = 1
+    # T11's open loop, orders a second: some quarter of what the cores can do.
+    retries_rate: float = 1_000.0
     # T16.
     scaling_seconds: float = 10.0
     scaling_workers: tuple[int, ...] = (1, 2, 4, 8)
@@ -42,5 +44,5 @@ class Extent:
 QUICK = Extent(
     rounds=1, seconds=1.0, warm_up=0.3, connections=64, events_seconds=1.0, paced_seconds=1.5, load_rates=(50.0, 200.0),
     load_seconds=1.0, idle_seconds=2.0, drain_rows=20_000, drain_publishers=(1, 2), growth_orders=20_000, pinned_seconds=4.0,
-    pinned_before=1.0, pinned_after=1.0, scaling_seconds=2.0, scaling_workers=(1, 2), scaling_publishers=(),
+    pinned_before=1.0, pinned_after=1.0, retries_rate=100.0, scaling_seconds=2.0, scaling_workers=(1, 2), scaling_publishers=(),
 )  # fmt: skip

@@ -23,7 +23,7 @@ from typing import Final
 import asyncpg
 
 from orderflow.bench import database
-from orderflow.bench.scaling import beside, rate, running
+from orderflow.bench.running import beside, rate, running
 from orderflow.bench.servers import Servers, Target
 from orderflow.bench.throughput import SPLITS, Audited, paying_settings
 

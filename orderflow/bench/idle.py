@@ -11,7 +11,7 @@ import asyncpg
 
 from orderflow.bench import database
 from orderflow.bench.program import Program
-from orderflow.bench.scaling import running
+from orderflow.bench.running import running
 from orderflow.bench.servers import Servers
 from orderflow.bench.throughput import Audited, paying_settings
 from orderflow.bench.usage import Meter, resident, server_roots

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,8 +12,8 @@ from orderflow.bench.load import Options as Closed
 from orderflow.bench.paced import Options, Paced
 from orderflow.bench.program import Program
 from orderflow.bench.sending import send
-from orderflow.bench.servers import Servers
-from orderflow.bench.throughput import SETTLE_TIMEOUT, SPLITS, Audited, audit_run, paying_settings, record_file
+from orderflow.bench.servers import Servers, Target
+from orderflow.bench.throughput import SETTLE_TIMEOUT, SPLITS, Audited, audit_run, paying_settings, prepared, record_file
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,22 +25,24 @@ class Latencies:
 
 
 async def measure(
-    servers: Servers, directory: Path, *, split: str, rates: Sequence[float], seconds: float, warm_up: float
-) -> Latencies:
+    servers: Servers, directory: Path, *, split: str, rates: Sequence[float], seconds: float, warm_up: float,
+    settings: Mapping[str, str] | None = None, target: Target | None = None,
+) -> Latencies:  # fmt: skip
     """Orders at each of these rates, `seconds` seconds long, gateway delay 0. Raises EmbeddedError, ProgramFailed."""
     name = f"{split}, at {', '.join(f'{rate:g}' for rate in rates)}/s"
-    async with servers.fresh() as target:
-        record = record_file(directory, target)
-        program = Program(SPLITS[split], paying_settings(target, delay_ms=0), directory, name=target.topic)
+    async with prepared(servers, target) as on:
+        record = record_file(directory, on)
+        chosen = {**paying_settings(on, delay_ms=0), **(settings or {})}
+        program = Program(SPLITS[split], chosen, directory, name=on.topic)
         await program.start()
-        connection = await database.connected(target.database_url)
+        connection = await database.connected(on.database_url)
         try:
             at = program.address
             await send(Closed(at.host, at.port, 8, warm_up, str(record)))
             settled = await database.until_settled(connection, timeout=SETTLE_TIMEOUT)
             paced = []
             for rate in rates:
-                options = Options(at.host, at.port, target.database_url, rate, seconds, str(record))
+                options = Options(at.host, at.port, on.database_url, rate, seconds, str(record))
                 paced.append(Paced(**await run_apart("orderflow.bench.paced", options, limit=seconds + options.patience + 60)))
                 settled = settled and await database.until_settled(connection, timeout=SETTLE_TIMEOUT)
             code = await program.stop()

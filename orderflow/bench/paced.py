@@ -11,6 +11,7 @@ import random
 import sys
 import time
 from collections import Counter, deque
+from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import cycle
 from typing import Any
@@ -22,8 +23,12 @@ from orderflow.bench.arrivals import arrive
 from orderflow.bench.exchange import Address, Answer, Exchange, post_order
 from orderflow.bench.histogram import Histogram
 from orderflow.bench.load import BODIES, CONNECT_TIMEOUT, Record, order_body
+from orderflow.engine.outbox import CHANNEL
+from orderflow.engine.patience import within
 
-POLL = 0.001
+# Seconds: the longest time between two looks, and the shortest where notifications come all the time.
+LOOK_EVERY = 0.01
+PAUSE = 0.001
 # Of so many orders a second the end is looked for; of the others it would be the looking that is measured.
 FOLLOWED_RATE = 100.0
 _PAID = "SELECT id FROM orders WHERE id = ANY($1) AND state = 'PAID'"
@@ -49,9 +54,13 @@ class Options:
 
 @dataclass(slots=True)
 class Paced:
-    """What came of it; `accepted` and `paid` are the JSON of a Histogram each, from the time at which the order was due."""
+    """What came of it; `accepted` and `paid` are the JSON of a Histogram each, from the time at which the order was due.
+
+    `begun`: Unix seconds, just before the first was due.
+    """
 
     rate: float
+    begun: float
     answers: dict[str, int]
     lost_connections: int
     accepted: dict[str, Any]
@@ -98,6 +107,7 @@ class OpenLoop:
         ]
         state.free = list(exchanges)
         looking = asyncio.create_task(self._look(connection))
+        begun = time.time()
         try:
             await arrive(options.rate, options.seconds, self._arrived)
             await self._until_idle(looking)
@@ -110,7 +120,7 @@ class OpenLoop:
             await connection.close(timeout=CONNECT_TIMEOUT)
         self._answers["none"] += len(state.waiting) + len(state.sent)
         return Paced(
-            options.rate, {answer: n for answer, n in self._answers.items() if n}, self._lost, self._accepted.as_json(),
+            options.rate, begun, {answer: n for answer, n in self._answers.items() if n}, self._lost, self._accepted.as_json(),
             self._paid.as_json(), len(state.followed), self._followed,
         )  # fmt: skip
 
@@ -158,16 +168,22 @@ class OpenLoop:
             state.free.append(exchange)
 
     async def _look(self, connection: Any) -> None:
-        followed = self._state.followed
+        """Look after each notification: every settlement comes with one, as it writes an event into the outbox."""
+        followed, news = self._state.followed, asyncio.Event()
+        await connection.add_listener(CHANNEL, lambda *_: news.set())
         while True:
             if not followed:
                 self._answered.clear()
                 await self._answered.wait()
+            with suppress(TimeoutError):
+                await within(news.wait(), LOOK_EVERY)
+            news.clear()
             paid = await connection.fetch(_PAID, list(followed))
             now = time.monotonic()
             for row in paid:
                 self._paid.record(now - followed.pop(row["id"]))
-            await asyncio.sleep(POLL)
+            if self._every > 1:
+                await asyncio.sleep(PAUSE)
 
 
 async def run(options: Options) -> Paced:

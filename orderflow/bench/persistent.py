@@ -18,6 +18,8 @@ from orderflow.bench.load import CONNECT_TIMEOUT, Options, Record, Summary, orde
 
 ANSWER_TIMEOUT = 12.0
 RETRY_PAUSE = 0.2
+# On a connection that the server is about to close.
+LAST_ANSWER = b"connection: close"
 ASK_AGAIN = 0.02
 # What a well-formed request may be told besides 201; anything else breaks the contract, and is tried again all the same.
 ASK_AGAIN_LATER = frozenset({409, 429, 503})
@@ -115,7 +117,10 @@ class _Connection:
             self._waiting = asyncio.get_running_loop().create_future()
             self._exchange.send(request)
             async with asyncio.timeout(ANSWER_TIMEOUT):
-                return await self._waiting
+                answer = await self._waiting
+            if answer is not None and LAST_ANSWER in answer.head:
+                self.close()
+            return answer
         except (OSError, TimeoutError):
             self.close()
             return None

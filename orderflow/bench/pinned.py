@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from orderflow.bench import database
-from orderflow.bench.scaling import beside, rate, running
+from orderflow.bench.running import beside, rate, running
 from orderflow.bench.servers import Servers, Target
 from orderflow.bench.throughput import SPLITS, Audited, paying_settings
 

@@ -23,6 +23,9 @@ from orderflow.migrations import migrate
 CONNECT_TIMEOUT = 10.0
 COMMAND_TIMEOUT = 120.0
 KAFKA_TIMEOUT_MS = 10_000
+# What anyone gives a server that takes thousands of commits a second, and the references have it too: with the defaults, made
+# for a machine of 128 MB, it would write a checkpoint every quarter of a minute.
+TUNED = {"shared_buffers": "1GB", "max_wal_size": "8GB", "checkpoint_timeout": "15min"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,13 +56,15 @@ class Servers:
     """
 
     def __init__(
-        self, directory: Path, *, database_url: str | None = None, bootstrap: str | None = None, embedded_broker: bool = False
-    ) -> None:
+        self, directory: Path, *, database_url: str | None = None, bootstrap: str | None = None,
+        embedded_broker: bool = False, detour: int | None = None,
+    ) -> None:  # fmt: skip
+        """`detour`: see ApacheKafka."""
         self._given_url = database_url
         self._given_bootstrap = bootstrap
         self.embedded_broker = embedded_broker
-        self.postgres = None if database_url else EmbeddedPostgres(directory / "postgresql", port=None)
-        self.kafka = None if bootstrap or embedded_broker else ApacheKafka(directory / "kafka")
+        self.postgres = None if database_url else EmbeddedPostgres(directory / "postgresql", port=None, settings=TUNED)
+        self.kafka = None if bootstrap or embedded_broker else ApacheKafka(directory / "kafka", detour=detour)
         self.broker = EmbeddedBroker(directory / "broker") if embedded_broker else None
         self._stack = AsyncExitStack()
 
@@ -91,12 +96,10 @@ class Servers:
         return f"Apache Kafka {VERSION}" if self.kafka else f"at {self._given_bootstrap}"
 
     async def postgres_version(self) -> str:
-        """As the server says it."""
-        connection = await self._admin()
-        try:
-            return str(await connection.fetchval("SHOW server_version"))
-        finally:
-            await connection.close(timeout=CONNECT_TIMEOUT)
+        """As the server says it, with what matters of its settings."""
+        async with self._administered() as admin:
+            given = [f"{name} {await admin.fetchval(f'SHOW {name}')}" for name in TUNED]
+            return f"{await admin.fetchval('SHOW server_version')} ({', '.join(given)})"
 
     @asynccontextmanager
     async def fresh(self) -> AsyncIterator[Target]:
@@ -105,21 +108,21 @@ class Servers:
         A server that was named must let its user create databases; the database in its address is never written to.
         """
         name = f"orderflow_bench_{secrets.token_hex(6)}"
-        admin = await self._admin()
-        try:
+        async with self._administered() as admin:
             await self._create(admin, name)
-            try:
-                target = Target(self._url_of(name), self.bootstrap, name.replace("_", "-"), self.embedded_broker)
-                await migrate(target.database_url)
-                # What the last run left in memory must not be written during this one.
+        try:
+            target = Target(self._url_of(name), self.bootstrap, name.replace("_", "-"), self.embedded_broker)
+            await migrate(target.database_url)
+            # What the last run left in memory must not be written during this one.
+            async with self._administered() as admin:
                 with suppress(asyncpg.InsufficientPrivilegeError):
                     await admin.execute("CHECKPOINT")
-                yield target
-            finally:
-                await admin.execute(f"DROP DATABASE IF EXISTS {name} WITH (FORCE)")
-                await self._delete_topic(name.replace("_", "-"))
+            yield target
         finally:
-            await admin.close(timeout=CONNECT_TIMEOUT)
+            # A connection of its own: the server may have been away meanwhile.
+            async with self._administered() as admin:
+                await admin.execute(f"DROP DATABASE IF EXISTS {name} WITH (FORCE)")
+            await self._delete_topic(name.replace("_", "-"))
 
     async def _create(self, admin: asyncpg.Connection, name: str) -> None:
         try:
@@ -134,6 +137,14 @@ class Servers:
         if self.postgres is not None:
             return self.postgres.url_of(database)
         return urlunsplit(urlsplit(str(self._given_url))._replace(path=f"/{database}"))
+
+    @asynccontextmanager
+    async def _administered(self) -> AsyncIterator[asyncpg.Connection]:
+        admin = await self._admin()
+        try:
+            yield admin
+        finally:
+            await admin.close(timeout=CONNECT_TIMEOUT)
 
     async def _admin(self) -> asyncpg.Connection:
         if self.postgres is not None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable, Iterable
 from contextlib import AsyncExitStack
 from pathlib import Path
+from typing import Any, cast
 
 import asyncpg
 from aiokafka.errors import KafkaError
@@ -88,7 +90,10 @@ class Suite:
         self.results = Results(targets.figures(extent))
 
     async def run(self) -> Results:
-        """All rounds. What fails is told in the results, and ends neither the round nor what does not need it."""
+        """All rounds. What fails is told in the results, and ends neither the round nor what does not need it.
+
+        A cancellation, as by Ctrl-C, ends it: what was measured by then is returned.
+        """
         extent = self._extent
         planned = [
             (number, name)
@@ -107,6 +112,10 @@ class Suite:
                     if not any((number, need) in failed for need in NEEDS.get(name, ())):
                         await STEPS[name](bench)
                         continue
+                except asyncio.CancelledError:
+                    self.results.failures.append(f"{name}, {where}: interrupted; the figures are what was measured by then")
+                    cast(asyncio.Task[Any], asyncio.current_task()).uncancel()
+                    break
                 except FAILURES as error:
                     self.results.failures.append(f"{name}, {where}: {str(error) or type(error).__name__}")
                 failed.add((number, name))

@@ -67,8 +67,9 @@ def lines(extent: Extent) -> Iterator[Line]:
     )
     yield Line("T11 plain", "T1 by what is PAID while the load lasts", ORDERS)
     yield Line("T11", "the same, 20 % of charges fail once", ORDERS, None, (("T11 plain", at_least(0.8, ">= 80 %")),))
-    yield Line("T11 plain p99", "created to PAID, no charge fails", "ms")
-    yield Line("T11 p99", "created to PAID of orders without a retry", "ms", None, (
+    at = f"at {extent.retries_rate:g}/s"
+    yield Line("T11 plain p99", f"created to PAID {at}, no charge fails", "ms")
+    yield Line("T11 p99", f"created to PAID {at} of orders without a retry", "ms", None, (
         ("T11 plain p99", at_most(1.5, "none waits for another's (<= 1.5 x)")),
     ))  # fmt: skip
     yield from _of_the_rest(extent)

@@ -86,7 +86,8 @@ def record_file(directory: Path, target: Target) -> Path:
 
 
 @asynccontextmanager
-async def _prepared(servers: Servers, target: Target | None) -> AsyncIterator[Target]:
+async def prepared(servers: Servers, target: Target | None) -> AsyncIterator[Target]:
+    """The target, or a fresh one for the length of the block."""
     if target is not None:
         yield target
         return
@@ -110,7 +111,7 @@ async def measure(
     """One run, on a database and a topic of its own unless they are given. Raises EmbeddedError, ProgramFailed."""
     name = f"{split}, gateway {delay_ms} ms"
     load = Load(seconds, warm_up, connections)
-    async with _prepared(servers, target) as at:
+    async with prepared(servers, target) as at:
         chosen = {**paying_settings(at, delay_ms=delay_ms), **(settings or {})}
         return await _Run(servers, directory, at, name, SPLITS[split], chosen, load, until_paid=True).run()
 

@@ -19,6 +19,8 @@ from orderflow.bench.servers import Servers
 PROC = Path("/proc")
 # A sample reads some hundred small files: about ten milliseconds of a core that is being measured.
 SAMPLE_INTERVAL = 1.0
+# Looks at one moment before it is taken as it is, with a process in it that ended meanwhile.
+CENSUSES = 5
 
 # A process id may be used again; with the time of its start it is one process.
 _Key = tuple[int, int]
@@ -103,8 +105,7 @@ class Meter:
 
     def _sample(self) -> None:
         self._living = set()
-        for root, tree in _trees(self._roots).items():
-            now = [process for pid in tree if (process := _read(pid, self._roots.get(pid))) is not None]
+        for root, now in _census(self._roots).items():
             for process in now:
                 self._root_of.setdefault(process.key, root)
                 # One that has ended and is not reaped yet has its times still, and neither memory nor a command line.
@@ -144,6 +145,17 @@ def server_roots(servers: Servers) -> dict[str, int]:
     """The servers that we have started ourselves, as roots of a Meter; those that were named may be anywhere."""
     started = {"PostgreSQL": servers.postgres, "Kafka": servers.kafka, "broker": servers.broker}
     return {name: server.pid for name, server in started.items() if server is not None}
+
+
+def _census(roots: Mapping[int, str]) -> dict[int, list[_Process]]:
+    """The processes below each root as they are now, parents before children."""
+    trees: dict[int, list[_Process | None]] = {}
+    for _ in range(CENSUSES):
+        trees = {root: [_read(pid, roots.get(pid)) for pid in tree] for root, tree in _trees(roots).items()}
+        # One that was reaped after its parent had been read would be missing here, and its time there: read again.
+        if all(process for tree in trees.values() for process in tree[1:]):
+            break
+    return {root: [process for process in tree if process] for root, tree in trees.items()}
 
 
 def _trees(roots: Mapping[int, str]) -> dict[int, list[int]]:

@@ -33,9 +33,13 @@ def dev(data_dir: str | None, http_port: int | None, log_format: LogFormat | Non
     """
     settings = load(data_dir=data_dir, http_port=http_port, log_format=log_format)
 
+    from orderflow import listening
     from orderflow.app import run_main
     from orderflow.embedded.errors import EmbeddedError
 
+    # Said before the servers start, which takes seconds.
+    listening.api_keys(settings)
+    listening.tls(settings)
     try:
         return run_main(run_dev(settings))
     except EmbeddedError as error:
@@ -113,7 +117,7 @@ class _interruptible:
 
 
 def _welcome(settings: Settings, postgres: EmbeddedPostgres, broker: EmbeddedBroker) -> None:
-    address = f"http://localhost:{settings.http_port}"
+    address = f"{'https' if settings.http_certificate_file else 'http'}://localhost:{settings.http_port}"
     order = '{"userId": "7b0a6f2e-6f0e-4c8b-9c53-0d5f1c9a4a11", "amount": 299.99}'
     lines = [
         "",

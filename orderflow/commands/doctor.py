@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import asyncpg
 import click
@@ -17,7 +17,7 @@ from orderflow.commands.output import table
 from orderflow.commands.parameters import as_json_option, database_option, kafka_option
 from orderflow.engine.patience import DependencyUnavailable, Misconfigured, within
 from orderflow.engine.postgres import close_connection, connect
-from orderflow.settings import Settings, load
+from orderflow.settings import Settings, load, without_secrets
 
 # For all questions to one server together: each has its own limit of a few seconds.
 LIMIT_A_SERVER = 4 * LIMIT
@@ -30,7 +30,10 @@ LIMIT_A_SERVER = 4 * LIMIT
 def doctor(as_json: bool, database_url: str | None, kafka_bootstrap_servers: str | None) -> int:
     """What is reachable, what is misconfigured, and what to do about it; exit 1 when something does not work."""
     settings = load(database_url=database_url, kafka_bootstrap_servers=kafka_bootstrap_servers)
-    checks = asyncio.run(examine(settings))
+    checks = [
+        replace(check, seen=without_secrets(check.seen, settings), advice=without_secrets(check.advice, settings))
+        for check in asyncio.run(examine(settings))
+    ]
     if as_json:
         print_json({"version": __version__, "checks": [asdict(check) for check in checks]})
     else:
@@ -77,4 +80,4 @@ async def _kafka(settings: Settings) -> list[Check]:
     from orderflow.app import kafka_of
     from orderflow.commands.checks import kafka as kafka_checks
 
-    return await kafka_checks.check(kafka_of(settings))
+    return await kafka_checks.check(kafka_of(settings), settings.retention_days)

@@ -19,6 +19,7 @@ MODES = {
     "error": "fails with an error, which is retried and then dead-lettered",
     "timeout": "charges and loses the answer",
     "hang": "does not answer at all",
+    "unavailable": "turns away whoever asks, for a charge or for its outcome",
 }
 
 
@@ -44,12 +45,13 @@ def mode(mode: str | None, as_json: bool, database_url: str | None) -> None:
     """Show the mode, or switch every process to another one.
 
     \b
-    random    succeeds for the configured share of orders, declines the others
-    succeed   charges every order
-    decline   declines every order
-    error     fails with an error, which is retried and then dead-lettered
-    timeout   charges and loses the answer
-    hang      does not answer at all
+    random       succeeds for the configured share of orders, declines the others
+    succeed      charges every order
+    decline      declines every order
+    error        fails with an error, which is retried and then dead-lettered
+    timeout      charges and loses the answer
+    hang         does not answer at all
+    unavailable  turns away whoever asks, for a charge or for its outcome
     """
 
     async def work(database: Database) -> dict[str, Any]:

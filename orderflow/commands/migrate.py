@@ -16,17 +16,19 @@ from orderflow.settings import load
 
 @click.command()
 @click.option("--wait", type=click.FloatRange(0), default=0.0, metavar="SECONDS", help="Wait so long for the server.")
+@click.option("--roles", is_flag=True, help="Create the roles orderflow_app and orderflow_read, with their rights.")
 @as_json_option
 @database_option
-def migrate(wait: float, as_json: bool, database_url: str | None) -> None:
+def migrate(wait: float, roles: bool, as_json: bool, database_url: str | None) -> None:
     """Create the schema, or upgrade it to the version of this program.
 
-    Safe to run twice and from many processes at once. Needs a database user that may create tables.
+    Safe to run twice and from many processes at once. Needs a database user that may create tables; with --roles, one that
+    may create roles where they are not there yet. An upgrade renews the rights of roles that are there.
     """
     settings = load(database_url=database_url)
     done = asyncio.run(
         wait_until(
-            lambda: migrations.migrate(settings.direct_url),
+            lambda: migrations.migrate(settings.direct_url, roles=roles),
             timeout=wait,
             waiting=lambda reason: click.echo(f"waiting: {reason}", err=True),
         )
@@ -39,3 +41,5 @@ def migrate(wait: float, as_json: bool, database_url: str | None) -> None:
         click.echo(f"the schema was created, version {done.after}")
     else:
         click.echo(f"the schema was upgraded from version {done.before} to {done.after}")
+    if roles and not as_json:
+        click.echo("orderflow_app and orderflow_read have their rights: CREATE ROLE ... LOGIN IN ROLE orderflow_app")

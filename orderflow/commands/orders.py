@@ -95,6 +95,7 @@ def show(order_id: UUID, as_json: bool, database_url: str | None) -> None:
         ("failure", order.failure),
         ("created", order.created_at),
         ("updated", order.updated_at),
+        ("retired", order.retired_at),
     ])  # fmt: skip
     click.echo()
     table(
@@ -102,7 +103,9 @@ def show(order_id: UUID, as_json: bool, database_url: str | None) -> None:
         [[e[name] for name in EVENT_COLUMNS] for e in events],
         right=("attempt",),
         wrap=("dead letter",),
-        empty="no events: `orderflow audit` will say so too",
+        empty="its events were deleted for their age (ORDERFLOW_RETENTION_DAYS)"
+        if order.retired_at
+        else "no events: `orderflow audit` will say so too",
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -14,6 +15,7 @@ from orderflow.commands.output import table
 from orderflow.settings import Settings, environment_name, load, masked
 
 SECRET = ("password", "secret", "token")
+_DIGEST = re.compile(r"(?<=:)[0-9a-fA-F]{64}")
 HEAD = """\
 # Every setting of orderflow with its default. Flags win over the environment, the environment wins over `.env`.
 # Copy this file to `.env` and change what you need; `orderflow settings` shows what is in force, and from where.
@@ -34,7 +36,7 @@ class Setting:
 
 def unit_of(field: str) -> str:
     """The unit that stands in a setting's name."""
-    for ending, unit in (("_ms", "ms"), ("_seconds", "s")):
+    for ending, unit in (("_ms", "ms"), ("_seconds", "s"), ("_days", "d")):
         if field.endswith(ending):
             return unit
     return ""
@@ -102,7 +104,8 @@ def _safe(name: str, value: object) -> str:
         return ""
     if any(word in name for word in SECRET):
         return "***"
-    return masked(str(value)) if name.endswith("_url") else text_of(value)
+    # Whose keys they are is worth seeing; what stands for a key is not.
+    return masked(str(value)) if name.endswith("_url") else _DIGEST.sub("***", text_of(value))
 
 
 @click.command()

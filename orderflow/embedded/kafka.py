@@ -55,25 +55,30 @@ class ApacheKafka(EmbeddedServer):
         data_dir: Path,
         *,
         port: int | None = None,
+        detour: int | None = None,
         heap: str = "512m",
         properties: Mapping[str, str | int] | None = None,
+        java_options: Sequence[str] = (),
         cache_dir: Path | None = None,
         start_timeout: float = 60.0,
         stop_timeout: float = 15.0,
     ) -> None:
         """`port` is taken when it is free, else (and with None) any free one. `heap` is Java's -Xmx.
 
-        `properties` are server properties by name. Times are seconds; `stop_timeout` is when a stop becomes
-        SIGKILL.
+        `detour` is a port of 127.0.0.1: whoever comes in at `detoured_port` is sent there for every further connection.
+        `properties` are server properties by name, `java_options` more words for `java`. Times are seconds;
+        `stop_timeout` is when a stop becomes SIGKILL.
         """
         super().__init__(data_dir, "kafka.log")
         self._preferred = port
+        self._detour = detour
         self._heap = heap
         self._properties = dict(properties or {})
+        self._java_options = tuple(java_options)
         self._cache_dir = cache_dir
         self._start_timeout = start_timeout
         self._stop_timeout = stop_timeout
-        self._ports: tuple[int, int] | None = None
+        self._ports: tuple[int, int, int] | None = None
 
     async def start(self) -> None:
         """Install Kafka if need be, format the storage if it is new, start, wait until a client is served.
@@ -108,7 +113,7 @@ class ApacheKafka(EmbeddedServer):
         for _ in range(PORT_ATTEMPTS):
             if self._ports is None or not again:
                 client = ports.choose(self._preferred)
-                self._ports = (client, ports.free_port())
+                self._ports = (client, ports.free_port(), ports.free_port())
             child = await self._spawn(installed, lock, *self._ports)
             lock.record(child.pid)
             try:
@@ -123,7 +128,9 @@ class ApacheKafka(EmbeddedServer):
             return child
         raise EmbeddedError(f"no free port was found for Apache Kafka in {PORT_ATTEMPTS} attempts")
 
-    async def _spawn(self, installed: KafkaInstall, lock: InstanceLock, client: int, controller: int) -> GuardedChild:
+    async def _spawn(
+        self, installed: KafkaInstall, lock: InstanceLock, client: int, controller: int, detoured: int
+    ) -> GuardedChild:
         here, quorum = f"PLAINTEXT://{ports.HOST}:{client}", f"{ports.HOST}:{controller}"
         properties: dict[str, str | int] = {
             "process.roles": "broker,controller",
@@ -147,9 +154,13 @@ class ApacheKafka(EmbeddedServer):
             "broker.heartbeat.interval.ms": 500,
             **self._properties,
         }
+        if self._detour is not None:
+            properties["listeners"] = f"{properties['listeners']},DETOUR://{ports.HOST}:{detoured}"
+            properties["advertised.listeners"] = f"{properties['advertised.listeners']},DETOUR://{ports.HOST}:{self._detour}"
+            properties["listener.security.protocol.map"] = f"{properties['listener.security.protocol.map']},DETOUR:PLAINTEXT"
         written = self.data_dir / "server.properties"
         written.write_text("".join(f"{name}={_escaped(value)}\n" for name, value in properties.items()))
-        options = (f"-Xmx{self._heap}", "-XX:+UseSerialGC")
+        options = (f"-Xmx{self._heap}", "-XX:+UseSerialGC", *self._java_options)
         return await GuardedChild.spawn(
             installed.command("kafka.Kafka", written, options=options),
             name=self.name,
@@ -198,6 +209,13 @@ class ApacheKafka(EmbeddedServer):
         if self._ports is None:
             raise EmbeddedError("the port is known after start()")
         return self._ports[0]
+
+    @property
+    def detoured_port(self) -> int:
+        """Where the detour leads to; the same after a restart."""
+        if self._ports is None:
+            raise EmbeddedError("the port is known after start()")
+        return self._ports[2]
 
     @property
     def bootstrap(self) -> str:

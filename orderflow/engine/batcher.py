@@ -58,17 +58,19 @@ class Batcher(Generic[T, R]):
     `flush` takes the items and returns one result for each, in order. It has to be safe to repeat: after a lost connection,
     whose commit may or may not have happened, the same items are flushed again until `patience` ends.
     If a group fails for another reason it is halved until the one item that fails is alone: only its caller sees the error.
+    `linger`: seconds that the first item of a group waits for company, for what is in no hurry and comes one by one.
     """
 
     def __init__(
         self, flush: Flush[T, R], *, size: int = 500, in_flight: int = 4, queue: int = 100_000,
-        patience: Patience | None = None,
+        patience: Patience | None = None, linger: float = 0.0,
     ) -> None:  # fmt: skip
         self._flush = flush
         self._size = size
         self._in_flight = in_flight
         self._limit = queue
         self._patience = patience or Patience()
+        self._linger = linger
         self._queue: deque[_Item[T, R]] = deque()
         self._running: set[asyncio.Task[None]] = set()
         self._scheduled = False
@@ -101,10 +103,15 @@ class Batcher(Generic[T, R]):
         if len(self._queue) >= self._limit:
             raise Overloaded(f"{self._limit} items are waiting already")
         self._queue.append((item, caller))
-        if not self._scheduled and len(self._running) < self._in_flight:
-            # One turn of the loop later: requests that were read in the same turn share the first statement.
+        if len(self._running) < self._in_flight:
+            self._schedule()
+
+    def _schedule(self) -> None:
+        # One turn of the loop later: requests that were read in the same turn share the first statement.
+        if not self._scheduled:
             self._scheduled = True
-            asyncio.get_running_loop().call_soon(self._start)
+            loop = asyncio.get_running_loop()
+            loop.call_later(self._linger, self._start) if self._linger else loop.call_soon(self._start)
 
     def _start(self) -> None:
         self._scheduled = False
@@ -125,7 +132,10 @@ class Batcher(Generic[T, R]):
         # A flush that was cancelled, perhaps before its first step or between two halves, has left callers waiting.
         for _, future in group:
             future.cancel()
-        if self._queue:
+        if self._linger and 0 < len(self._queue) < self._size:
+            # Behind a flush as well: started at once, the next group would be the few that came meanwhile, and so on for ever.
+            self._schedule()
+        elif self._queue:
             self._start()
 
     async def _settle(self, group: list[_Item[T, R]]) -> None:

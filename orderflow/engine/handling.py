@@ -68,9 +68,23 @@ class Handler(Burial, Protocol):
 
 
 @runtime_checkable
+class InOrder(Handler, Protocol):
+    """A handler whose events wait for those before them of the same aggregate, while these are retried or lie buried.
+
+    Not for a Beginner: its first step is done by the time at which that is known.
+    """
+
+    in_order: bool
+
+
+@runtime_checkable
 class Beginner(Handler, Protocol):
     """A handler whose first step is one statement for a group of events, taken along with the look at what is known of them."""
 
     async def begin(self, messages: Sequence[Message]) -> list[Known | None]:
         """What is known of each event, None for one without an outbox row; the first step of what is fresh is done."""
+        ...
+
+    async def resume(self, messages: Sequence[Message]) -> list[Known | None]:
+        """The same of events that were attempted before: what the first attempt has begun comes along, and no step is done."""
         ...

@@ -6,22 +6,49 @@ import asyncio
 import ssl
 from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any, TypeVar
 
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, ConsumerRebalanceListener
 from aiokafka.admin import AIOKafkaAdminClient, NewTopic
-from aiokafka.errors import KafkaConnectionError, KafkaError, TopicAlreadyExistsError
+from aiokafka.admin.config_resource import ConfigResource, ConfigResourceType
+from aiokafka.errors import (
+    ClusterAuthorizationFailedError,
+    InvalidConfigurationError,
+    InvalidPartitionsError,
+    InvalidReplicationAssignmentError,
+    InvalidReplicationFactorError,
+    InvalidTopicError,
+    KafkaConnectionError,
+    KafkaError,
+    PolicyViolationError,
+    TopicAlreadyExistsError,
+    TopicAuthorizationFailedError,
+    UnknownTopicOrPartitionError,
+    for_code,
+)
 
 from orderflow.engine.patience import DependencyUnavailable, Misconfigured, within
+from orderflow.engine.seams import owning_seam, seam
 
 R = TypeVar("R")
 
 MAX_RECORD_BYTES = 1_000_000
+MAX_BATCH_BYTES = 256 * 1024
 # The least that a broker allows by default: it bounds how long a killed worker's partitions wait for their next owner.
 SESSION_TIMEOUT_MS = 6_000
 # The mock broker lets every rebalance last that long.
 EMBEDDED_SESSION_TIMEOUT_MS = 2_000
 JOIN_TIMEOUT_SECONDS = 15.0
+DESCRIBE_PAUSE = 0.05
+# Why a topic is not created, when people have to mend it. Everything else passes, as a controller that moves.
+REFUSALS = frozenset(
+    error.errno
+    for error in (
+        InvalidTopicError, InvalidPartitionsError, InvalidReplicationFactorError, InvalidReplicationAssignmentError,
+        InvalidConfigurationError, PolicyViolationError, TopicAuthorizationFailedError, ClusterAuthorizationFailedError,
+    )
+)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,14 +70,20 @@ class Kafka:
     ca_file: str | None = None
 
     def options(self) -> dict[str, Any]:
-        """What every aiokafka client of this cluster is made with."""
+        """What every aiokafka client of this cluster is made with.
+
+        Raises Misconfigured when the authority's file cannot be used.
+        """
         options: dict[str, Any] = {
             "bootstrap_servers": [server.strip() for server in self.bootstrap.split(",")],
             "request_timeout_ms": int(self.timeout * 1000),
             "security_protocol": self.security_protocol,
         }
         if self.security_protocol.endswith("SSL"):
-            options["ssl_context"] = ssl.create_default_context(cafile=self.ca_file)
+            try:
+                options["ssl_context"] = ssl.create_default_context(cafile=self.ca_file)
+            except OSError as error:
+                raise Misconfigured(f"ORDERFLOW_KAFKA_CA_FILE: {self.ca_file} is not a PEM file to be read: {error}") from None
         if self.security_protocol.startswith("SASL"):
             options |= {
                 "sasl_mechanism": self.sasl_mechanism,
@@ -59,18 +92,20 @@ class Kafka:
             }
         return options
 
-    async def producer(self) -> AIOKafkaProducer:
-        """A started idempotent producer that waits for all in-sync replicas.
+    @owning_seam
+    async def producer(self, batch_bytes: int = MAX_BATCH_BYTES) -> AIOKafkaProducer:
+        """A started idempotent producer that waits for all in-sync replicas; what is above `batch_bytes` is sent alone.
 
         Raises DependencyUnavailable when no broker answers in time.
         """
         producer = AIOKafkaProducer(
             **self.options(), client_id="orderflow-publisher", acks="all", enable_idempotence=True,
-            max_batch_size=256 * 1024, max_request_size=MAX_RECORD_BYTES, retry_backoff_ms=50,
+            max_batch_size=batch_bytes, max_request_size=MAX_RECORD_BYTES, retry_backoff_ms=50,
         )  # fmt: skip
         await self._start(producer.start(), producer.stop)
         return producer
 
+    @owning_seam
     async def consumer(self, listener: ConsumerRebalanceListener, *, client_id: str) -> AIOKafkaConsumer:
         """A started consumer of the topic that commits nothing by itself and begins at the earliest record.
 
@@ -90,6 +125,7 @@ class Kafka:
         await self._start(consumer.start(), consumer.stop, timeout=JOIN_TIMEOUT_SECONDS)
         return consumer
 
+    @seam
     async def ensure_topic(self) -> int:
         """Create the topic when it is missing; returns its number of partitions.
 
@@ -105,9 +141,62 @@ class Kafka:
                     topic = NewTopic(self.topic, self.partitions, 1)
                     # Set afterwards: the constructor refuses -1, which the protocol has for the broker's own default.
                     topic.replication_factor = self.replication
-                    refuse_failed_creation(self.topic, await admin.create_topics([topic]))
-                described = await admin.describe_topics([self.topic])
-                return max(1, len(described[0]["partitions"]))
+                    refuse_failed_creation(await admin.create_topics([topic]))
+                while not (partitions := (await admin.describe_topics([self.topic]))[0]["partitions"]):  # noqa: ASYNC110
+                    # Made, and not yet known to the broker that was asked: nobody tells when it is.
+                    await asyncio.sleep(DESCRIBE_PAUSE)
+                return len(partitions)
+        except (KafkaError, TimeoutError, OSError) as error:
+            raise self.unavailable(error) from error
+        finally:
+            await bounded(admin.close(), 2.0)
+
+    @seam
+    async def largest_batch(self) -> int:
+        """Bytes of the largest batch that the topic takes, and MAX_BATCH_BYTES at the most; those too where nobody tells."""
+        if self.embedded:
+            return MAX_BATCH_BYTES
+        try:
+            told = await self._configured("max.message.bytes")
+            return min(MAX_BATCH_BYTES, int(told["max.message.bytes"]))
+        except (DependencyUnavailable, KeyError, ValueError):
+            # Perhaps this user may not ask: a refused batch is divided all the same, in more time.
+            return MAX_BATCH_BYTES
+
+    @seam
+    async def kept_for(self) -> timedelta | None:
+        """The longest that the topic keeps a record; None: without an end.
+
+        Raises DependencyUnavailable when no broker answers in time, or it does not tell.
+        """
+        try:
+            told = await self._configured("cleanup.policy", "retention.ms", "segment.ms")
+            if not told:
+                # Nothing is kept of a topic that is made later, or was wiped.
+                return timedelta(0)
+            if "delete" not in told["cleanup.policy"] or int(told["retention.ms"]) < 0:
+                return None
+            # A segment is deleted as a whole, when its last record is old enough.
+            return timedelta(milliseconds=int(told["retention.ms"]) + int(told["segment.ms"]))
+        except OverflowError:
+            return None
+        except (KeyError, ValueError) as error:
+            raise self.unavailable(error) from error
+
+    @seam
+    async def _configured(self, *names: str) -> dict[str, str]:
+        """These settings of the topic; none of a topic that is not there."""
+        admin = AIOKafkaAdminClient(**self.options(), client_id="orderflow-admin")
+        await self._start(admin.start(), admin.close)
+        try:
+            topic = ConfigResource(ConfigResourceType.TOPIC, self.topic, dict.fromkeys(names))
+            (answer,) = await within(admin.describe_configs([topic]), self.timeout)
+            code, _, _, _, entries = answer.resources[0]
+            if code == UnknownTopicOrPartitionError.errno:
+                return {}
+            if code:
+                raise for_code(code)()
+            return {name: value for name, value, *_ in entries}
         except (KafkaError, TimeoutError, OSError) as error:
             raise self.unavailable(error) from error
         finally:
@@ -135,20 +224,33 @@ class Kafka:
                 raise self.unavailable(error) from error
             raise
 
+    def _how(self) -> str:
+        """What else it may be where more than an address is needed: aiokafka tells its log alone."""
+        if self.security_protocol == "PLAINTEXT":
+            return ""
+        return f" over {self.security_protocol} (a wrong authority, user or password look the same; LIBRARY_WARNING tells more)"
+
     def unavailable(self, error: BaseException) -> DependencyUnavailable:
         """The error in one line for people."""
         return DependencyUnavailable(
-            f"Kafka at {self.bootstrap} cannot be reached: is it running, and is KAFKA_BOOTSTRAP_SERVERS right? "
+            f"Kafka at {self.bootstrap} cannot be reached{self._how()}: is it running, and is KAFKA_BOOTSTRAP_SERVERS right? "
             f"({type(error).__name__})"
         )
 
 
-def refuse_failed_creation(topic: str, response: Any) -> None:
-    """Raise Misconfigured when the broker's answer to CreateTopics is an error other than 'exists already'."""
+def refuse_failed_creation(response: Any) -> None:
+    """Raise what the broker's answer to CreateTopics means, unless the topic is there.
+
+    Misconfigured, or a KafkaError that passes.
+    """
     for name, code, *rest in getattr(response, "topic_errors", ()):
-        if code not in (0, TopicAlreadyExistsError.errno):
-            reason = rest[0] if rest and rest[0] else f"error {code}"
+        if code in (0, TopicAlreadyExistsError.errno):
+            continue
+        reason = rest[0] if rest and rest[0] else f"error {code}"
+        # A factor above the number of brokers has the same code as brokers that have all just been restarted.
+        if code in REFUSALS and "fenced" not in reason:
             raise Misconfigured(f"Kafka refuses to create topic {name!r}: {reason}; create it, or change ORDERFLOW_TOPIC_*")
+        raise for_code(code)(reason)
 
 
 async def uncancelled(work: Awaitable[R]) -> R:

@@ -21,12 +21,13 @@ from dataclasses import dataclass
 from orderflow.engine import outbox
 from orderflow.engine.outbox import SHARDS, Due
 from orderflow.engine.postgres import Connection
+from orderflow.engine.seams import seam
 
 # Seconds between two looks at the writers, while there is work and while there is none; after the first it is set apart, too.
 LOOK_EVERY = 0.1
 LOOK_EVERY_IDLE = 5.0
 LONG = 1.0
-SAVE_EVERY = 5.0
+SAVE_EVERY = 1.0
 
 _LAST = "SELECT coalesce(pg_sequence_last_value(pg_get_serial_sequence('outbox', 'seq')::regclass), 0)"
 
@@ -48,6 +49,17 @@ NEVER_PUBLISHED = f"""
 SELECT o.* FROM generate_series(0, {SHARDS - 1}) AS s(shard) LEFT JOIN outbox_low_water w ON w.shard = s.shard
 JOIN LATERAL (SELECT * FROM outbox WHERE shard = s.shard AND seq > coalesce(w.seq, 0)) AS o ON true
 WHERE o.published_at IS NULL AND o.available_at IS NULL
+"""
+
+
+# What a relay of these shards could publish now, counted up to a limit.
+_WAITING = f"""
+SELECT count(*), coalesce(extract(epoch FROM max(now() - greatest(created_at, available_at))), 0)::float8
+FROM ((SELECT created_at, available_at FROM ({NEVER_PUBLISHED}) AS n WHERE shard::integer = ANY($1::integer[]) LIMIT $2)
+      UNION ALL
+      (SELECT created_at, available_at FROM outbox
+       WHERE available_at <= now() AND available_at < 'infinity' AND published_at IS NULL
+         AND shard::integer = ANY($1::integer[]) LIMIT $2)) AS w
 """
 
 
@@ -78,6 +90,7 @@ class Positions:
         self._apart: frozenset[str] = frozenset()
         self._before: dict[int, int] = {}
 
+    @seam
     async def fetch(self, connection: Connection, shards: Sequence[int], limit: int) -> Due:
         """What is due in these shards, from the mark on."""
         if self._mark.keys() != set(shards):
@@ -91,6 +104,7 @@ class Positions:
             due = await outbox.fetch_due(connection, shards, limit, [self._mark[shard] for shard in shards])
         return due
 
+    @seam
     async def handled(self, connection: Connection, due: Due) -> None:
         """All that the round fetched is marked, buried or scheduled."""
         now = time.monotonic()
@@ -108,6 +122,7 @@ class Positions:
             self._save_at = now + SAVE_EVERY
             await self._save(connection)
 
+    @seam
     async def _look(self, connection: Connection, now: float) -> None:
         # In this order: a transaction that takes a number after the first question is none of this fence's.
         last: int = await connection.fetchval(_LAST)
@@ -130,6 +145,7 @@ class Positions:
             self._apart |= fence.writers & writers
             self._fence = None
 
+    @seam
     async def _save(self, connection: Connection) -> None:
         safe = self._before if self._apart else self._mark
         raised = {shard: seq for shard, seq in safe.items() if seq > self._saved[shard]}
@@ -138,5 +154,14 @@ class Positions:
             self._saved.update(raised)
 
 
+@seam
+async def waiting(connection: Connection, shards: Sequence[int], limit: int) -> tuple[int, float]:
+    """How many events of these shards are due, counted up to about `limit`, and for how many seconds the oldest has been."""
+    row = await connection.fetchrow(_WAITING, shards, limit)
+    assert row is not None
+    return row[0], row[1]
+
+
+@seam
 async def _writers(connection: Connection) -> frozenset[str]:
     return frozenset(row["virtualtransaction"] for row in await connection.fetch(_WRITERS))

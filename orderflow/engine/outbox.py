@@ -6,7 +6,6 @@ and the guard of each stands in its name and in its WHERE.
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -17,6 +16,7 @@ import orjson
 
 from orderflow.engine.message import OUR_HEADERS, Message
 from orderflow.engine.postgres import Connection, Database
+from orderflow.engine.seams import seam
 
 SHARDS = 32
 CHANNEL = "orderflow_outbox"
@@ -53,21 +53,33 @@ _MARK_PUBLISHED = """
 UPDATE outbox SET published_at = now(), available_at = NULL
 WHERE event_id = ANY($1::uuid[]) AND attempt = $2 AND published_at IS NULL
 """
+_MARK_PUBLISHED_EACH = """
+UPDATE outbox o SET published_at = now(), available_at = NULL
+FROM unnest($1::uuid[], $2::integer[]) AS m(event_id, attempt)
+WHERE o.event_id = m.event_id AND o.attempt = m.attempt AND o.published_at IS NULL
+"""
 
 _WITHDRAW_IF_PROCESSED = """
 UPDATE outbox SET available_at = 'infinity'
 WHERE event_id = $1 AND EXISTS (SELECT FROM processed_events p WHERE p.event_id = $1)
 """
 
+# A postponement, which has no failure, raises both numbers: the attempts that count are as many as before, and yet the mark of
+# a relay that is slower than the worker cannot take the new schedule away, and the old record is a duplicate.
 # A relay that sleeps learns from the notification that there is something to wake up for earlier than its next poll.
 _REPUBLISH_IF_ATTEMPT = """
 WITH moved AS (
     UPDATE outbox o
     SET published_at = NULL, available_at = now() + r.delay, attempt = o.attempt + 1,
-        failures = coalesce(o.failures, '[]') || r.failure
-    FROM unnest($1::uuid[], $2::integer[], $3::interval[], $4::jsonb[]) AS r(event_id, attempt, delay, failure)
+        first_attempt = o.first_attempt + (r.failure IS NULL)::integer,
+        failures = CASE WHEN r.failure IS NULL THEN o.failures ELSE coalesce(o.failures, '[]') || r.failure END
+    FROM unnest($1::uuid[], $2::integer[], $3::interval[], $4::jsonb[], $5::boolean[])
+         AS r(event_id, attempt, delay, failure, hold)
     WHERE o.event_id = r.event_id AND o.attempt = r.attempt AND o.available_at IS DISTINCT FROM 'infinity'
-    RETURNING o.event_id)
+    RETURNING o.event_id, o.aggregate_id, o.seq, r.hold),
+held AS (
+    INSERT INTO held_aggregates (aggregate_id, seq, event_id) SELECT aggregate_id, seq, event_id FROM moved WHERE hold
+    ON CONFLICT DO NOTHING)
 SELECT event_id, pg_notify('orderflow_outbox', '') FROM moved
 """
 
@@ -117,11 +129,16 @@ class Failure:
 
 @dataclass(frozen=True, slots=True)
 class Republish:
-    """A retry: this row, which failed as `failure.attempt`, is due again after `delay`."""
+    """This row, which was delivered as `attempt`, is due again after `delay`: a retry, or without a failure a postponement.
+
+    `hold`: later events of its aggregate wait for it (see held.py).
+    """
 
     event_id: UUID
+    attempt: int
     delay: timedelta
-    failure: Failure
+    failure: Failure | None
+    hold: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,6 +152,7 @@ class Due:
     full: set[int]
 
 
+@seam
 async def append(connection: Connection, messages: Iterable[Message]) -> None:
     """Write events in the caller's transaction, along with the change they tell of."""
     rows = [
@@ -153,6 +171,7 @@ def _json(value: str | dict[str, Any]) -> str:
     return value if isinstance(value, str) else orjson.dumps(value).decode()
 
 
+@seam
 async def fetch_due(connection: Connection, shards: Sequence[int], limit: int, after: Sequence[int] | None = None) -> Due:
     """At most about `limit` events of these shards that are due, in the order of their aggregates' transitions.
 
@@ -173,6 +192,7 @@ async def fetch_due(connection: Connection, shards: Sequence[int], limit: int, a
     return Due(messages, reached, {shard for shard, count in counts.items() if count >= a_shard})
 
 
+@seam
 async def get(database: Database, event_id: UUID) -> Message | None:
     """One event as it would be published now, or None."""
     row = await database.fetchrow(_GET, event_id)
@@ -190,44 +210,51 @@ def _headers(text: str | None) -> dict[str, str]:
     return {name: value for name, value in found.items() if isinstance(value, str) and name not in OUR_HEADERS}
 
 
+@seam
 async def next_due(connection: Connection, shards: Sequence[int]) -> float | None:
     """Seconds until the earliest scheduled event of these shards is due; None when nothing is scheduled."""
     seconds: float | None = await connection.fetchval(_NEXT_DUE, shards)
     return seconds
 
 
+@seam
 async def withdraw_if_processed(connection: Connection, message: Message) -> None:
     """Take a row that cannot be published, and need not be, out of every relay's reach."""
     await connection.execute(_WITHDRAW_IF_PROCESSED, message.id)
 
 
+@seam
 async def mark_published_if_attempt(connection: Connection, messages: Sequence[Message]) -> None:
     """Note Kafka's acknowledgement of these events, each only while it is still at the attempt that was sent."""
-    by_attempt: defaultdict[int, list[UUID]] = defaultdict(list)
-    for message in messages:
-        by_attempt[message.attempt].append(message.id)
-    for attempt, event_ids in by_attempt.items():
-        await connection.execute(_MARK_PUBLISHED, event_ids, attempt)
+    event_ids, attempts = [m.id for m in messages], [m.attempt for m in messages]
+    if len(set(attempts)) == 1:
+        await connection.execute(_MARK_PUBLISHED, event_ids, attempts[0])
+    else:
+        await connection.execute(_MARK_PUBLISHED_EACH, event_ids, attempts)
 
 
+@seam
 async def republish_if_attempt(database: Database, retries: Sequence[Republish]) -> list[bool]:
-    """Schedule retries in one statement; False where another delivery of the same attempt was first."""
+    """Schedule retries and postponements in one statement; False where another delivery of the same attempt was first."""
     rows = await database.fetch(
         _REPUBLISH_IF_ATTEMPT,
         [r.event_id for r in retries],
-        [r.failure.attempt for r in retries],
+        [r.attempt for r in retries],
         [r.delay for r in retries],
-        [r.failure.as_json() for r in retries],
+        [r.failure.as_json() if r.failure else None for r in retries],
+        [r.hold for r in retries],
     )
     moved = {row["event_id"] for row in rows}
     return [r.event_id in moved for r in retries]
 
 
+@seam
 async def replay(connection: Connection, event_ids: Sequence[UUID]) -> int:
     """Publish these rows again, as the attempt they are at; buried rows stay buried. Returns how many."""
     return len(await connection.fetch(_REPLAY, event_ids))
 
 
+@seam
 async def republish_unsettled(
     connection: Connection, *, since: datetime, published_before: timedelta, limit: int
 ) -> list[UUID]:
@@ -235,6 +262,7 @@ async def republish_unsettled(
     return [row["event_id"] for row in await connection.fetch(_REPUBLISH_UNSETTLED, since, published_before, limit)]
 
 
+@seam
 async def select_for_replay(
     connection: Connection,
     *,

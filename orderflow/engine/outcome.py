@@ -27,6 +27,13 @@ class Retry:
 
 
 @dataclass(frozen=True, slots=True)
+class Postponed:
+    """Not now, and through no fault of the event's: its row is made due again after `delay`, and no attempt is used up."""
+
+    delay: timedelta
+
+
+@dataclass(frozen=True, slots=True)
 class Dead:
     """Never by itself: the event is buried with `reason`."""
 
@@ -34,4 +41,4 @@ class Dead:
     error: BaseException | None = None
 
 
-Outcome = Done | Duplicate | Retry | Dead
+Outcome = Done | Duplicate | Retry | Postponed | Dead

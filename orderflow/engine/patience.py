@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import random
+import re
+import ssl
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -45,8 +47,10 @@ TRANSIENT = (
 
 def is_transient(error: BaseException) -> bool:
     """True for errors after which the same statement may succeed on another try."""
-    # asyncpg reports an argument that does not fit its type under the same class as a lost connection.
-    return isinstance(error, TRANSIENT) and not isinstance(error, asyncpg.exceptions.DataError | ValueError)
+    # asyncpg reports an argument that does not fit its type under the same class as a lost connection. (A certificate that does
+    # not verify is a ValueError and an OSError: renewing it mends that.)
+    argument = isinstance(error, asyncpg.exceptions.DataError | ValueError) and not isinstance(error, OSError)
+    return isinstance(error, TRANSIENT) and not argument
 
 
 async def within(awaitable: Awaitable[R], seconds: float | None) -> R:
@@ -154,8 +158,18 @@ async def wait_until(attempt: Callable[[], Awaitable[R]], *, timeout: float, wai
 def database_error(url: str, error: BaseException) -> DependencyUnavailable | Misconfigured:
     """What a failed connection means, in one line that says what to do; it never shows the password."""
     parts = urlsplit(url)
-    where = f"PostgreSQL at {parts.hostname}:{parts.port or 5432}"
+    address = parts.netloc.rpartition("@")[2]
+    where = f"PostgreSQL at {address}" + ("" if re.search(r":\d+$", address) else ":5432")
     match error:
+        case ssl.SSLError():
+            return DependencyUnavailable(
+                f"{where} does not get through TLS: is its certificate signed by the sslrootcert in DATABASE_URL, and made out "
+                f"to this host? ({error})"
+            )
+        case FileNotFoundError() if "sslrootcert=" in parts.query:
+            return Misconfigured("DATABASE_URL: there is no file where sslrootcert points to")
+        case asyncpg.exceptions.ClientConfigurationError():
+            return Misconfigured(f"DATABASE_URL: {error}")
         case asyncpg.InvalidPasswordError() | asyncpg.InvalidAuthorizationSpecificationError():
             return Misconfigured(f"{where} refuses user {parts.username!r}: check user and password in DATABASE_URL")
         case asyncpg.InvalidCatalogNameError():

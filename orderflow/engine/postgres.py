@@ -21,6 +21,11 @@ _BY_INDEX = {
     "plan_cache_mode": "force_generic_plan",
 }  # fmt: skip
 
+# A client that vanished without a word keeps its advisory locks for as long as the server believes in it: ten seconds here.
+_SERVER_KEEPS_ALIVE = {
+    "tcp_keepalives_idle": "4", "tcp_keepalives_interval": "2", "tcp_keepalives_count": "3", "tcp_user_timeout": "10000",
+}  # fmt: skip
+
 
 class Database:
     """A pool whose every wait is bounded: `timeout` seconds to connect, to acquire, and for one statement."""
@@ -100,7 +105,7 @@ async def connect(url: str, *, timeout: float, application: str) -> asyncpg.Conn
     try:
         connection = await asyncpg.connect(
             url, timeout=timeout, command_timeout=timeout, statement_cache_size=0,
-            server_settings={"application_name": application},
+            server_settings={"application_name": application, **_SERVER_KEEPS_ALIVE},
         )  # fmt: skip
     except Exception as error:
         raise database_error(url, error) from error

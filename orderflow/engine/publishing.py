@@ -7,16 +7,21 @@ from collections.abc import Sequence
 from functools import lru_cache
 
 from aiokafka import AIOKafkaProducer
-from aiokafka.errors import KafkaError, MessageSizeTooLargeError
+from aiokafka.errors import KafkaError, MessageSizeTooLargeError, RecordListTooLargeError
 from aiokafka.producer.message_accumulator import BatchBuilder
 
 from orderflow.engine.kafka import MAX_RECORD_BYTES, Kafka, bounded
 from orderflow.engine.message import OUR_HEADERS, Message
 from orderflow.engine.partition import partition_of
+from orderflow.engine.patience import DependencyUnavailable
+from orderflow.engine.seams import seam
 from orderflow.engine.telemetry import PUBLISHER, emit
 
 # Errors of one record, whatever else the cluster can do: sending it again cannot help.
 UNPUBLISHABLE = (MessageSizeTooLargeError, UnicodeEncodeError)
+
+# What a broker says of a batch above the topic's limit, and of one above the size of a segment.
+_TOO_LARGE = (MessageSizeTooLargeError, RecordListTooLargeError)
 
 # What a record weighs besides its key, value and headers, at the most.
 _OVERHEAD_BYTES = 100
@@ -41,6 +46,7 @@ class Publishing:
         self._kafka = kafka
         self._producer = producer
 
+    @seam
     async def send(self, due: Sequence[Message]) -> tuple[list[BaseException | None], bool]:
         """Send in order; for each event None when Kafka acknowledged it, else the error. True: the producer is stuck.
 
@@ -48,12 +54,18 @@ class Publishing:
         """
         results: list[BaseException | None] = [TimeoutError("no acknowledgement in time")] * len(due)
         sent: list[tuple[asyncio.Future[object], list[int]]] = []
+        before: dict[int, asyncio.Future[object]] = {}
         try:
             async with asyncio.timeout(self._kafka.timeout):
                 partitions = len(await self._producer.partitions_for(self._kafka.topic))
                 for batch in self._batches(due, partitions, results):
+                    # A broker takes any sequence number as the first of a producer: behind a refused batch it would take
+                    # the next one, and the events of an aggregate would be out of order.
+                    if batch.partition in before and await _failed(before[batch.partition]):
+                        continue
                     batch.builder.close()
                     future = await self._producer.send_batch(batch.builder, self._kafka.topic, partition=batch.partition)
+                    before[batch.partition] = future
                     sent.append((future, batch.places))
                 if sent:
                     await asyncio.wait([future for future, _ in sent])
@@ -84,36 +96,57 @@ class Publishing:
                 results[place] = error
         return [batch for batch in batches if batch.places]
 
+    @seam
     async def _find_guilty(self, due: Sequence[Message], refused: Sequence[int], results: list[BaseException | None]) -> None:
-        """The broker refuses a whole batch for one record: sent alone, and in order, the first that is refused is guilty.
+        """The broker refuses a batch for its size: its events are sent alone, in order, and what is refused then is guilty.
 
-        The others keep their error. A refused batch leaves a gap in its producer's sequence numbers, and the broker takes
-        nothing after it: this is done with a producer of its own, and the role starts again with a fresh one.
+        Those for which the time does not suffice keep their error. A refused batch leaves a gap in its producer's sequence
+        numbers: this is done with producers of its own, and the role starts again with a fresh one.
         """
-        producer = await self._kafka.producer()
+        left = list(refused)
         try:
             async with asyncio.timeout(self._kafka.timeout):
-                for place in refused:
-                    key, value, headers = due[place].encode()
-                    try:
-                        await producer.send_and_wait(self._kafka.topic, value, key, headers=headers)
-                        results[place] = None
-                    except MessageSizeTooLargeError as error:
-                        results[place] = error
-                        return
-        except (KafkaError, TimeoutError) as error:
+                while left:
+                    await self._send_alone(due, left, results)
+        except (KafkaError, TimeoutError, DependencyUnavailable) as error:
             emit(PUBLISHER, "PUBLISH_INTERRUPTED", error=str(error) or type(error).__name__)
+
+    @seam
+    async def _send_alone(self, due: Sequence[Message], left: list[int], results: list[BaseException | None]) -> None:
+        """Take from `left` as far as to the first that is refused."""
+        producer = await self._kafka.producer()
+        try:
+            while left:
+                key, value, headers = due[left[0]].encode()
+                try:
+                    await producer.send_and_wait(self._kafka.topic, value, key, headers=headers)
+                    results[left.pop(0)] = None
+                except _TOO_LARGE:
+                    results[left.pop(0)] = MessageSizeTooLargeError(
+                        f"the record has about {_size_of(key, value, headers)} bytes, and the broker refuses it: raise the "
+                        "topic's max.message.bytes, then redrive"
+                    )
+                    return
         finally:
             await bounded(producer.stop(), 2.0)
+
+
+async def _failed(future: asyncio.Future[object]) -> bool:
+    await asyncio.wait([future])
+    return future.cancelled() or future.exception() is not None
 
 
 def _refuse_too_large(key: bytes, value: bytes, headers: Sequence[tuple[str, bytes]]) -> None:
     # The batch interface leaves out the check that `send` makes: the broker would refuse the whole batch.
     if len(value) < MAX_RECORD_BYTES // 4 and len(headers) == len(OUR_HEADERS):
         return
-    size = _OVERHEAD_BYTES + len(key) + len(value) + sum(len(name) + len(text) + 10 for name, text in headers)
+    size = _size_of(key, value, headers)
     if size > MAX_RECORD_BYTES:
         raise MessageSizeTooLargeError(f"the record has {size} bytes, and the limit is {MAX_RECORD_BYTES}")
+
+
+def _size_of(key: bytes, value: bytes, headers: Sequence[tuple[str, bytes]]) -> int:
+    return _OVERHEAD_BYTES + len(key) + len(value) + sum(len(name) + len(text) + 10 for name, text in headers)
 
 
 def _take_results(sent: Sequence[tuple[asyncio.Future[object], list[int]]], results: list[BaseException | None]) -> list[int]:
@@ -125,7 +158,7 @@ def _take_results(sent: Sequence[tuple[asyncio.Future[object], list[int]]], resu
             future.add_done_callback(_take_error)
             continue
         error = future.exception()
-        if isinstance(error, MessageSizeTooLargeError):
+        if isinstance(error, _TOO_LARGE):
             refused.extend(places)
         else:
             for place in places:

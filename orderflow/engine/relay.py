@@ -1,4 +1,4 @@
-"""The relay: wake or poll -> fetch what is due -> produce -> mark what Kafka acknowledged.
+"""The relay: wake or poll -> fetch what is due, or take what is handed over -> produce -> mark what Kafka acknowledged.
 
 Delivery is at least once: a crash between the acknowledgement and the mark publishes the row again, and the consumer decides.
 Within an aggregate, order holds: one owner a shard, one round at a time, and nothing of an aggregate is marked after its first
@@ -15,39 +15,54 @@ from datetime import UTC, datetime
 
 from aiokafka import AIOKafkaProducer
 
-from orderflow.engine import dead_letters, outbox
+from orderflow.engine import dead_letters, low_water, outbox
 from orderflow.engine.handling import Burial, SettledMeanwhile
+from orderflow.engine.handoff import Handoff
 from orderflow.engine.kafka import Kafka, bounded
 from orderflow.engine.low_water import Positions
 from orderflow.engine.message import Message
+from orderflow.engine.pace import Pace
 from orderflow.engine.patience import DependencyUnavailable, within
 from orderflow.engine.postgres import Connection, Database
 from orderflow.engine.publishing import UNPUBLISHABLE, Publishing
+from orderflow.engine.seams import seam
 from orderflow.engine.shards import Shards
 from orderflow.engine.telemetry import PUBLISHER, emit, emit_each, observe
 from orderflow.engine.wake import Wake
+from orderflow.engine.watchdog import watched
+
+# Events in a round, from which on it is worth to wait for more of them.
+MANY = 32
+# The watchdog's word for a backlog.
+MOST_COUNTED = 1000
 
 
 class Relay:
-    """The publisher role. `poll` is the seconds after which a lost wake-up is noticed."""
+    """The publisher role. `poll` is the seconds after which a lost wake-up is noticed, `stall` those for which events may be
+    due and none be published before the role is restarted: more than a server that is away takes for its error.
+    """
 
     name = "publisher"
 
     def __init__(
-        self, open_database: Callable[[], Awaitable[Database]], direct_url: str, kafka: Kafka, woken: asyncio.Event,
+        self, open_database: Callable[[], Awaitable[Database]], direct_url: str, kafka: Kafka, handoff: Handoff,
         *, burials: Mapping[str, Burial] | None = None, batch: int = 1000, poll: float = 1.0, heartbeat: float = 2.0,
-        started: Callable[[], None] = lambda: None,
+        stall: float = 30.0, started: Callable[[], None] = lambda: None,
     ) -> None:  # fmt: skip
         self._open_database = open_database
         self._direct_url = direct_url
         self._kafka = kafka
-        self._woken = woken
+        self._handoff = handoff
+        self._woken = handoff.woken
         self._burials = burials or {}
         self._batch = batch
         self._poll = poll
         self._heartbeat = heartbeat
+        self._stall = stall
         self._started = started
         self._positions = Positions()
+        # Groups that were acknowledged and marked, or buried.
+        self._settled = 0
 
     async def run(self, stopping: asyncio.Event) -> None:
         """Publish until `stopping` is set; the round under way is finished and marked before the shards are given back."""
@@ -60,15 +75,18 @@ class Relay:
         self._positions = Positions()
         try:
             await self._kafka.ensure_topic()
-            producer = await self._kafka.producer()
+            producer = await self._kafka.producer(await self._kafka.largest_batch())
             emit(PUBLISHER, "STARTUP", message=f"publishing to {self._kafka.topic} at {self._kafka.bootstrap}")
             self._started()
-            await self._rounds(database, shards, producer, stopping)
+            await watched(
+                self._rounds(database, shards, producer, stopping), stopping, service=PUBLISHER, role=self.name,
+                limit=self._stall, progress=lambda: self._settled, due=lambda: self._due(database, shards.owned),
+            )  # fmt: skip
         finally:
             for task in (wake, stop):
                 task.cancel()
-            await asyncio.wait((wake, stop), timeout=2.0)
-            await shards.close()
+            # Side by side: on a network that swallows bytes each waits for its limit.
+            await asyncio.gather(asyncio.wait((wake, stop), timeout=2.0), shards.close())
             if producer is not None:
                 await bounded(producer.stop(), 2.0)
             await database.close()
@@ -79,24 +97,45 @@ class Relay:
 
     async def _rounds(self, database: Database, shards: Shards, producer: AIOKafkaProducer, stopping: asyncio.Event) -> None:
         balanced_at = float("-inf")
+        pace, published = Pace(), 0
         while not stopping.is_set():
             if time.monotonic() - balanced_at >= 1.0:
                 await shards.balance()
                 balanced_at = time.monotonic()
+            # Neither where rounds are small because there is little to do, nor with a backlog, of which every round is full.
+            if MANY <= published < self._batch // 2:
+                await asyncio.sleep(pace.rest)
             # Cleared before the look: what is committed during it sets the event again, and is not slept over.
             self._woken.clear()
+            begun = time.monotonic()
             published = await self.run_once(database, shards.owned, producer)
-            if published == 0 and not stopping.is_set():
-                await self._sleep(database, shards.owned)
+            if published:
+                pace.note(time.monotonic() - begun)
+            elif not stopping.is_set():
+                handed = await self._sleep(database, shards.owned)
+                # Asked again: the session that holds the shards may have ended in its sleep, and another relay own them.
+                if handed and len(shards.owned) == outbox.SHARDS:
+                    async with database.acquire() as connection:
+                        await self._publish(database, connection, handed, producer)
 
-    async def _sleep(self, database: Database, shards: Sequence[int]) -> None:
-        """Until woken, or the next poll, or the first retry that is due before it."""
+    @seam
+    async def _due(self, database: Database, shards: Sequence[int]) -> str | None:
+        async with database.acquire() as connection:
+            count, seconds = await low_water.waiting(connection, shards, MOST_COUNTED)
+        more = " or more" if count >= MOST_COUNTED else ""
+        return f"{count}{more} events are due, the oldest for {seconds:.0f} s" if count else None
+
+    @seam
+    async def _sleep(self, database: Database, shards: Sequence[int]) -> Sequence[Message]:
+        """Until woken, or the next poll, or the first retry that is due before it; returns what was handed over."""
         async with database.acquire() as connection:
             due_in = await outbox.next_due(connection, shards)
         seconds = self._poll if due_in is None else min(self._poll, max(0.001, due_in))
-        with contextlib.suppress(TimeoutError):
+        with self._handoff.wanted(len(shards) == outbox.SHARDS) as handed, contextlib.suppress(TimeoutError):
             await within(self._woken.wait(), seconds)
+        return handed
 
+    @seam
     async def run_once(self, database: Database, shards: Sequence[int], producer: AIOKafkaProducer) -> int:
         """One round: fetch, produce, mark. Returns how many rows were due.
 
@@ -111,6 +150,7 @@ class Relay:
             await self._positions.handled(connection, due)
         return len(due.messages)
 
+    @seam
     async def _publish(
         self, database: Database, connection: Connection, due: Sequence[Message], producer: AIOKafkaProducer
     ) -> None:
@@ -121,12 +161,15 @@ class Relay:
             await outbox.mark_published_if_attempt(connection, acknowledged)
         for message, error in refused:
             await self._bury(database, message, error)
+        if acknowledged or refused:
+            self._settled += 1
         if lost is not None or stuck:
             # The outcome of a send that timed out is unknown, and its producer may be stuck for good (aiokafka #1017):
             # the role starts again with a fresh one, and publishes the unmarked rows again.
             reason = "a batch was refused" if lost is None else str(lost) or type(lost).__name__
             raise DependencyUnavailable(f"Kafka at {self._kafka.bootstrap} did not acknowledge: {reason}")
 
+    @seam
     async def _bury(self, database: Database, message: Message, error: BaseException) -> None:
         failure = outbox.Failure.of(message.attempt, error)
         reason = f"Cannot be published: {error}"
@@ -141,7 +184,8 @@ class Relay:
             try:
                 tell = await burial.on_buried(connection, message, reason) if buried and burial else None
             except SettledMeanwhile:
-                # The order has ended by another event; this one can be published as little as before.
+                # The order has ended by another event, or waits for an answer about its charge; this one can be published as
+                # little as before.
                 tell = None
         if buried:
             emit(PUBLISHER, "DLQ_EVENT", eventId=message.id, reason=reason)

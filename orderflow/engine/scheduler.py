@@ -8,6 +8,7 @@ from collections.abc import Callable, Hashable
 from typing import Generic, TypeVar
 
 from orderflow.engine.patience import within
+from orderflow.engine.seams import seam
 
 T = TypeVar("T")
 
@@ -62,6 +63,7 @@ class KeyScheduler(Generic[T]):
         self._waiting.clear()
         self._idle.set()
 
+    @seam
     async def drain(self, timeout: float) -> bool:
         """Wait until nothing is at work; False when `timeout` seconds were not enough."""
         try:

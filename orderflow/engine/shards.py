@@ -11,7 +11,10 @@ from collections.abc import Sequence
 import asyncpg
 
 from orderflow.engine.outbox import SHARDS
+from orderflow.engine.patience import is_transient
 from orderflow.engine.postgres import close_connection, connect
+from orderflow.engine.seams import owning_seam, seam
+from orderflow.engine.telemetry import PUBLISHER, emit
 
 # First key of the two-key advisory locks: "of" and a purpose.
 SHARD_LOCK = 0x6F66_0001
@@ -39,7 +42,7 @@ def fair_share(relays: int, shards: int = SHARDS) -> int:
 class Shards:
     """The shards that this relay owns, held in a session of its own."""
 
-    def __init__(self, url: str, *, timeout: float = 3.0) -> None:
+    def __init__(self, url: str, *, timeout: float = 2.0) -> None:
         self._url = url
         self._timeout = timeout
         self._connection: asyncpg.Connection | None = None
@@ -53,13 +56,34 @@ class Shards:
             return ()
         return sorted(self._owned)
 
+    @seam
     async def balance(self) -> bool:
         """Take free shards up to a fair share, give back what is over it. To be called between two rounds of publishing only.
 
-        True when the set of shards has changed. Raises DependencyUnavailable or an asyncpg error when the session is lost.
+        True when the set of shards has changed. Raises DependencyUnavailable or an asyncpg error when there can be no session.
         """
         before = set(self.owned)
         connection = await self._session()
+        try:
+            await self._share(connection)
+        except Exception as error:
+            # Half-open as a rule. It may hold its locks for a while yet; they are nobody's to publish until it ends.
+            connection.terminate()
+            if not is_transient(error):
+                raise
+            emit(PUBLISHER, "SHARDS_LOST", error=str(error) or type(error).__name__)
+        return set(self.owned) != before
+
+    @owning_seam
+    async def _session(self) -> asyncpg.Connection:
+        if self._connection is None or self._connection.is_closed():
+            self._owned.clear()
+            self._connection = await connect(self._url, timeout=self._timeout, application="orderflow shards")
+            await self._connection.execute(f"SELECT pg_advisory_lock_shared({ALIVE_LOCK}, 0)")
+        return self._connection
+
+    @seam
+    async def _share(self, connection: asyncpg.Connection) -> None:
         relays = int(await connection.fetchval(_RELAYS, ALIVE_LOCK))
         share = fair_share(relays)
         over = sorted(self._owned)[share:]
@@ -70,15 +94,8 @@ class Shards:
             free = [shard for shard in range(SHARDS) if shard not in self._owned]
             rows = await connection.fetch(_TAKE, SHARD_LOCK, free, share - len(self._owned))
             self._owned.update(row["shard"] for row in rows)
-        return self._owned != before
 
-    async def _session(self) -> asyncpg.Connection:
-        if self._connection is None or self._connection.is_closed():
-            self._owned.clear()
-            self._connection = await connect(self._url, timeout=self._timeout, application="orderflow shards")
-            await self._connection.execute(f"SELECT pg_advisory_lock_shared({ALIVE_LOCK}, 0)")
-        return self._connection
-
+    @owning_seam
     async def close(self) -> None:
         """Give back everything at once by ending the session."""
         if self._connection is not None:

@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import Awaitable, Callable, Mapping
 from contextlib import AsyncExitStack
 
+from orderflow.engine import processed
 from orderflow.engine.consumer import Consumer
 from orderflow.engine.executor import Executor
 from orderflow.engine.handling import Handler
@@ -13,13 +14,18 @@ from orderflow.engine.kafka import Kafka
 from orderflow.engine.postgres import Database
 from orderflow.engine.retry import RetryPolicy
 from orderflow.engine.telemetry import WORKER, emit
+from orderflow.engine.watchdog import watched
 
 # Builds the handlers by event type on the worker's database; what they hold is closed with the stack.
 HandlerFactory = Callable[[Database, AsyncExitStack], Awaitable[Mapping[str, Handler]]]
 
 
 class Worker:
-    """Consumes events and handles them until told to stop; times in seconds."""
+    """Consumes events and handles them until told to stop; times in seconds.
+
+    `delivery_limit`: what a delivery may take; `stall`: for how long after that, or while there is something to fetch, nothing
+    may be done before the role is restarted.
+    """
 
     name = "worker"
 
@@ -27,7 +33,8 @@ class Worker:
         self, open_database: Callable[[], Awaitable[Database]], kafka: Kafka, handlers: HandlerFactory, policy: RetryPolicy, *,
         worker_id: str, subjects: Mapping[str, str] | None = None,
         max_in_flight: int = 5000, commit_interval: float = 0.5, drain_timeout: float = 8.0,
-        batch: int = 500, in_flight: int = 4, started: Callable[[], None] = lambda: None,
+        batch: int = 500, in_flight: int = 4, delivery_limit: float = 15.0, stall: float = 30.0,
+        started: Callable[[], None] = lambda: None,
     ) -> None:  # fmt: skip
         self._open_database = open_database
         self._kafka = kafka
@@ -40,6 +47,8 @@ class Worker:
         self._drain_timeout = drain_timeout
         self._batch = batch
         self._in_flight = in_flight
+        self._delivery_limit = delivery_limit
+        self._stall = stall
         self._started = started
 
     async def run(self, stopping: asyncio.Event) -> None:
@@ -55,9 +64,14 @@ class Worker:
             stack.push_async_callback(executor.close)
             consumer = Consumer(
                 self._kafka, executor.start, client_id=self._worker_id, max_in_flight=self._max_in_flight,
-                commit_interval=self._commit_interval, drain_timeout=self._drain_timeout, started=self._tell_started,
+                commit_interval=self._commit_interval, drain_timeout=self._drain_timeout, delivery_limit=self._delivery_limit,
+                started=self._tell_started,
             )  # fmt: skip
-            await consumer.run(stopping)
+            tables = set((self._subjects or {}).values())
+            await watched(
+                consumer.run(stopping), stopping, service=WORKER, role=self.name, limit=self._stall, progress=consumer.progress,
+                due=lambda: consumer.due(lambda: processed.refuse_unless_writable(database, tables)),
+            )  # fmt: skip
 
     def _tell_started(self) -> None:
         message = f"consuming {self._kafka.topic} as {self._kafka.group}"

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import ssl
 from collections.abc import Awaitable, Callable
 
 import asyncpg
 from aiohttp import web
 
+from orderflow.engine.handoff import Handoff
 from orderflow.engine.patience import is_transient
 from orderflow.engine.postgres import Database
 from orderflow.engine.telemetry import API, emit
 from orderflow.health import POSTGRES, Health
-from orderflow.operations import Metrics, add_operations
+from orderflow.operations import Metrics, Refresh, add_operations, up_to_date
+from orderflow.orders.admission import Admission
+from orderflow.orders.api_keys import ApiKeys
 from orderflow.orders.openapi import document
 from orderflow.orders.problems import SERVER
 from orderflow.orders.routes import OrderRoutes
@@ -27,17 +31,18 @@ RESERVED_SECONDS = 2.5
 
 
 def build_app(
-    service: OrderService, database: Database, health: Health, metrics: Metrics, *, request_timeout: float
-) -> web.Application:
+    service: OrderService, database: Database, health: Health, metrics: Metrics, keys: ApiKeys, *, request_timeout: float,
+    refresh: Refresh = up_to_date,
+) -> web.Application:  # fmt: skip
     """The whole API as an aiohttp application; the caller opens and closes what it is built from."""
     app = web.Application(client_max_size=MAX_BODY)
     routes = OrderRoutes(
-        service, database, request_timeout=request_timeout,
+        service, database, keys, request_timeout=request_timeout,
         database_failed=lambda error: health.set(POSTGRES, False, described(error)),
     )  # fmt: skip
     routes.add_to(app)
-    add_operations(app, health, metrics)
-    content = document()
+    add_operations(app, health, metrics, refresh)
+    content = document(keys=bool(keys))
 
     async def openapi(request: web.Request) -> web.Response:
         return web.Response(body=content, headers={"Content-Type": "application/json", "Server": SERVER})
@@ -46,75 +51,89 @@ def build_app(
     return app
 
 
-def build_service(database: Database, settings: Settings, wake: Callable[[], None]) -> OrderService:
+def build_service(database: Database, settings: Settings, handoff: Handoff, admission: Admission) -> OrderService:
     """The order service with the limits of the settings."""
     return OrderService(
         database, batch_size=settings.batch_size, batches_in_flight=settings.batches_in_flight,
-        queue=settings.http_queue, timeout=settings.http_request_timeout_seconds, wake=wake,
+        queue=settings.http_queue, timeout=settings.http_request_timeout_seconds, handoff=handoff,
+        admission=admission,
     )  # fmt: skip
 
 
 class Api:
     """The role `api`: serves until it is told to stop, then finishes the requests under way.
 
-    `open_database` opens a Database of its own; `wake` is called after each commit. `port` is the real port once the
-    role has started; 0 before.
+    `open_database` opens a Database of its own; `handoff` is told of each commit. `port` is the real port once the
+    role has started; 0 before. `keys` are asked for at /orders, `tls` is spoken where it is given.
     """
 
     name = "api"
 
     def __init__(
         self, settings: Settings, open_database: Callable[[], Awaitable[Database]], health: Health,
-        metrics: Metrics, wake: Callable[[], None] = lambda: None, count: Count = lambda method, route, status: None,
+        metrics: Metrics, handoff: Handoff, count: Count = lambda method, route, status: None,
+        keys: ApiKeys | None = None, tls: ssl.SSLContext | None = None, refresh: Refresh = up_to_date,
     ) -> None:  # fmt: skip
+        self._keys = keys or ApiKeys("")
+        self._tls = tls
+        self._refresh = refresh
         self._count = count
         self._settings = settings
         self._open_database = open_database
         self._health = health
         self._metrics = metrics
-        self._wake = wake
+        self._handoff = handoff
+        self.admission = Admission(settings.max_backlog_age_seconds)
         self.port = 0
 
     async def run(self, stopping: asyncio.Event) -> None:
         """Serve until `stopping` is set. Raises Misconfigured when the port cannot be had."""
         settings = self._settings
         database = await self._open_database()
-        service = build_service(database, settings, self._wake)
+        service = build_service(database, settings, self._handoff, self.admission)
         app = build_app(
             service,
             database,
             self._health,
             self._metrics,
+            self._keys,
             request_timeout=settings.http_request_timeout_seconds,
+            refresh=self._refresh,
         )
         drain_seconds = max(0.2, settings.grace_seconds - RESERVED_SECONDS)
         runner = Runner(app, drain_seconds=drain_seconds, count=self._count)
         probe = asyncio.create_task(watch_database(database, service, self._health))
+        watch = asyncio.create_task(self.admission.run(database))
         try:
             await runner.setup()
             # After a crash the same port again, also where the system chose it: callers hold its number.
             self.port = await listen(
                 runner, settings.http_host, settings.http_port or self.port,
-                reuse_port=settings.http_reuse_port, port_setting="HTTP_PORT",
+                reuse_port=settings.http_reuse_port, port_setting="HTTP_PORT", sockets=settings.listening, tls=self._tls,
             )  # fmt: skip
             self._health.set(POSTGRES, True)
             self._health.started(self.name)
-            emit(API, "STARTUP", message=f"listening on http://{settings.http_host}:{self.port}")
-            await _until(stopping, probe)
+            scheme = "https" if self._tls else "http"
+            emit(API, "STARTUP", message=f"listening on {scheme}://{settings.http_host}:{self.port}")
+            await _until(stopping, probe, watch)
             self._health.draining = True
         finally:
             probe.cancel()
+            watch.cancel()
+            await runner.leave()
             await runner.cleanup()
             await service.close()
             await database.close()
 
 
-async def _until(stopping: asyncio.Event, probe: asyncio.Task[None]) -> None:
+async def _until(stopping: asyncio.Event, *watching: asyncio.Task[None]) -> None:
+    """Until it is set. Raises what ends one of those who watch: they go on for ever."""
     stop = asyncio.create_task(stopping.wait())
     try:
-        await asyncio.wait({stop, probe}, return_when=asyncio.FIRST_COMPLETED)
-        if probe.done():
-            probe.result()
+        await asyncio.wait({stop, *watching}, return_when=asyncio.FIRST_COMPLETED)
+        for task in watching:
+            if task.done():
+                task.result()
     finally:
         stop.cancel()
 

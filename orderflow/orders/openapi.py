@@ -18,6 +18,10 @@ from orderflow.orders.problems import CONTENT_TYPE
 
 _RETRY: Final = {"Retry-After": ("seconds after which to try again", {"type": "integer", "minimum": 0})}
 _ALLOW: Final = {"Allow": ("the methods that this address takes", {"type": "string"})}
+_CHALLENGE: Final = {"WWW-Authenticate": ("the scheme that is asked for", {"type": "string"})}
+_SCHEMES: Final = {
+    "apiKey": {"type": "http", "scheme": "bearer", "description": "An API key as `orderflow keys new` prints it: `ofk_...`."}
+}
 _KEY: Final = r'^([!#-~][!-~]{0,254}|"([!#-\[\]-~]|\\["\\]){1,255}")$'
 _ANSWERS: Final = (
     schemas.OrderPlaced, schemas.OrderView, schemas.OrderPage, schemas.Timeline, schemas.Live, schemas.Ready,
@@ -25,8 +29,8 @@ _ANSWERS: Final = (
 )  # fmt: skip
 
 
-def document() -> bytes:
-    """The document as JSON."""
+def document(*, keys: bool = False) -> bytes:
+    """The document as JSON; `keys`: of a process that asks for API keys."""
     wanted: list[tuple[type[BaseModel], JsonSchemaMode]] = [(schemas.PlaceOrder, "validation")]
     wanted.extend((model, "serialization") for model in _ANSWERS)
     _, definitions = models_json_schema(wanted, ref_template="#/components/schemas/{model}")
@@ -40,8 +44,8 @@ def document() -> bytes:
                 "license": {"name": "Apache-2.0", "identifier": "Apache-2.0"},
             },
             "servers": [{"url": "/"}],
-            "paths": _paths(),
-            "components": {"schemas": definitions["$defs"]},
+            "paths": _with_keys(_paths()) if keys else _paths(),
+            "components": {"schemas": definitions["$defs"]} | ({"securitySchemes": _SCHEMES} if keys else {}),
         },
         option=orjson.OPT_INDENT_2,
     )
@@ -100,6 +104,16 @@ def _paths() -> dict[str, Any]:
     }  # fmt: skip
 
 
+def _with_keys(paths: dict[str, Any]) -> dict[str, Any]:
+    """The same paths, those of the orders behind the scheme."""
+    refused = _problem(401, "There is no API key, or none that is known.", headers=_CHALLENGE)
+    too_many = _problem(429, "The API key is used too often, or too many orders wait for their commit.", headers=_RETRY)
+    for operation in (operation for path, item in paths.items() if path.startswith("/orders") for operation in item.values()):
+        operation["security"] = [{"apiKey": []}]
+        operation["responses"] |= refused | too_many
+    return paths
+
+
 def _place() -> dict[str, Any]:
     replayed = {"type": "string", "enum": ["true"]}
     headers = {
@@ -131,7 +145,7 @@ def _place() -> dict[str, Any]:
             _problem(413, "The body has more than 65,536 bytes."),
             _problem(415, "The body is not JSON by its type."),
             _problem(422, "A field is wrong, or the key was used with another order.", schemas.FieldProblem),
-            _problem(429, "Too many orders wait for their commit.", headers=_RETRY),
+            _problem(429, "Too many orders wait for their commit, or the oldest has waited too long.", headers=_RETRY),
             _problem(503, "The database does not answer.", schemas.DatabaseProblem, _RETRY),
         ),
     }  # fmt: skip

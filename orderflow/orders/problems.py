@@ -70,9 +70,9 @@ def field_wrong(field: str, message: str) -> Problem:
     return fields_wrong([(field, message)])
 
 
-def busy(status: int, detail: str, kind: str, title: str, **members: Any) -> Problem:
-    """An error that passes by itself, with Retry-After."""
-    return Problem(status, detail, kind=kind, title=title, headers={"Retry-After": str(RETRY_AFTER_SECONDS)}, **members)
+def busy(status: int, detail: str, kind: str, title: str, *, retry_after: int = RETRY_AFTER_SECONDS, **members: Any) -> Problem:
+    """An error that passes by itself, with Retry-After in seconds."""
+    return Problem(status, detail, kind=kind, title=title, headers={"Retry-After": str(retry_after)}, **members)
 
 
 def database_unavailable(detail: str = "The database does not answer; try again.", **members: Any) -> Problem:

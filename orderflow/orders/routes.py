@@ -17,6 +17,7 @@ from orderflow.engine.patience import is_transient
 from orderflow.engine.postgres import Database
 from orderflow.orders import store
 from orderflow.orders.answers import JSON, TIMES, created, event_view, shown
+from orderflow.orders.api_keys import ApiKeys
 from orderflow.orders.body import NotJson, parse
 from orderflow.orders.idempotency import HEADER, parse_key
 from orderflow.orders.model import path_to
@@ -28,37 +29,42 @@ from orderflow.orders.problems import (
     field_wrong,
 )
 from orderflow.orders.schemas import parse_uuid, place_order
-from orderflow.orders.service import KeyInProgress, OrderService, Unavailable
+from orderflow.orders.service import Backlogged, KeyInProgress, OrderService, Unavailable
 from orderflow.orders.serving import MAX_BODY
 from orderflow.orders.store import KeyReused, Placed
 
 R = TypeVar("R")
+
+# A backlog is worked off in minutes: to come back each second would only be more work.
+BACKLOG_RETRY_SECONDS: Final = 5
 
 # W3C trace context: version, trace id, parent id, flags. All zeros mean that there is none.
 _TRACEPARENT: Final = re.compile(r"(?!ff)[0-9a-f]{2}-(?!0{32})[0-9a-f]{32}-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}")
 
 
 class OrderRoutes:
-    """The routes of /orders. `request_timeout`: seconds for one request, body included.
+    """The routes of /orders, behind `keys`. `request_timeout`: seconds for one request, body included.
 
     `database_failed` is told the error when PostgreSQL did not answer a request.
     """
 
     def __init__(
-        self, service: OrderService, database: Database, *, request_timeout: float,
+        self, service: OrderService, database: Database, keys: ApiKeys, *, request_timeout: float,
         database_failed: Callable[[BaseException], None] = lambda error: None,
     ) -> None:  # fmt: skip
         self._service = service
         self._database = database
+        self._keys = keys
         self._timeout = request_timeout
         self._database_failed = database_failed
 
     def add_to(self, app: web.Application) -> None:
         """Add the routes to an application."""
-        app.router.add_post("/orders", self.place)
-        app.router.add_get("/orders", self.newest)
-        app.router.add_get("/orders/{order_id}", self.show)
-        app.router.add_get("/orders/{order_id}/events", self.timeline)
+        guard = self._keys.guard
+        app.router.add_post("/orders", guard(self.place))
+        app.router.add_get("/orders", guard(self.newest))
+        app.router.add_get("/orders/{order_id}", guard(self.show))
+        app.router.add_get("/orders/{order_id}/events", guard(self.timeline))
 
     async def place(self, request: web.Request) -> web.Response:
         """POST /orders."""
@@ -90,6 +96,14 @@ class OrderRoutes:
                 "Too many orders wait for their commit; this one was not placed.",
                 "overloaded",
                 "Too many requests",
+            ) from None
+        except Backlogged as error:
+            raise busy(
+                429,
+                f"The oldest order has waited for {error.age:.0f} s, too long to accept more; this one was not placed.",
+                "backlogged",
+                "Too many requests",
+                retry_after=BACKLOG_RETRY_SECONDS,
             ) from None
         except Unavailable as error:
             self._database_failed(error.__cause__ or error)
@@ -125,6 +139,7 @@ class OrderRoutes:
                 for version, (state, at) in enumerate(zip(states, order.entered_at, strict=True), start=1)
             ],
             "events": [event_view(event) for event in events],
+            "retiredAt": order.retired_at,
         }
         return web.Response(body=orjson.dumps(document, option=TIMES), headers=JSON)
 

@@ -127,11 +127,12 @@ class EventView(Wire):
 
 
 class Timeline(Wire):
-    """The order's transitions and events, oldest first."""
+    """The order's transitions and events, oldest first. `retiredAt`: when its events were deleted, for their age."""
 
     order_id: UUID
     transitions: list[Transition]
     events: list[EventView]
+    retired_at: datetime | None
 
 
 class DependencyState(Wire):
@@ -139,6 +140,16 @@ class DependencyState(Wire):
 
     state: Literal["up", "down"]
     detail: str
+
+
+class Audited(Wire):
+    """What the continuous auditor knows: violations by invariant, the orders of its last turn, its time, and its process."""
+
+    violations: Annotated[int, Field(ge=0)]
+    by_invariant: dict[str, Annotated[int, Field(ge=0)]]
+    orders: Annotated[int, Field(ge=0)]
+    at: datetime
+    process: str
 
 
 class Live(Wire):
@@ -152,6 +163,7 @@ class Ready(Wire):
 
     status: Literal["ready"]
     dependencies: dict[str, DependencyState]
+    audit: Audited | None = None
 
 
 class FieldError(Wire):
@@ -188,6 +200,7 @@ class NotReady(ProblemDocument):
 
     state: Literal["starting", "draining", "unavailable"]
     dependencies: dict[str, DependencyState]
+    audit: Audited | None = None
 
 
 _NAMES: Final = {"userId", "amount"}

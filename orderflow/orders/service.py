@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from decimal import Decimal
 from uuid import UUID
@@ -12,11 +12,14 @@ import asyncpg
 import orjson
 
 from orderflow.engine.batcher import Batcher
+from orderflow.engine.handoff import Handoff
 from orderflow.engine.ids import new_id
 from orderflow.engine.patience import Patience, TimeLimit, is_transient
 from orderflow.engine.postgres import Database
+from orderflow.engine.seams import seam
 from orderflow.engine.telemetry import observe
 from orderflow.orders import store
+from orderflow.orders.admission import Admission
 from orderflow.orders.idempotency import request_hash
 from orderflow.orders.store import KeyReused, NewOrder, Placed
 
@@ -50,6 +53,14 @@ class Unavailable(Exception):
         self.order_id = order_id
 
 
+class Backlogged(Exception):
+    """Orders are accepted faster than they are worked off, so none is; nothing was written. `age`: seconds the oldest waits."""
+
+    def __init__(self, age: float) -> None:
+        super().__init__(f"the oldest order has waited for {age:.0f} s")
+        self.age = age
+
+
 @dataclass(slots=True)
 class _Attempt:
     """An order on its way. `sent`: its statement is running; `unknown`: one has ended without an answer."""
@@ -60,14 +71,19 @@ class _Attempt:
 
 
 class OrderService:
-    """Places orders in groups. `wake` is called after each commit and tells a relay in this process."""
+    """Places orders in groups. `handoff` is told of each commit, for a relay in this process; `admission` may refuse orders."""
 
     def __init__(
         self, database: Database, *, batch_size: int = 500, batches_in_flight: int = 4, queue: int = 4096,
-        timeout: float = 10.0, patience: Patience | None = None, wake: Callable[[], None] = lambda: None,
+        timeout: float = 10.0, patience: Patience | None = None, handoff: Handoff | None = None,
+        admission: Admission | None = None,
     ) -> None:  # fmt: skip
         self._database = database
-        self._wake = wake
+        self._admission = admission or Admission(0.0)
+        self._earlier: Batcher[tuple[str, bytes], Placed | KeyReused | None] = Batcher(
+            lambda keys: store.earlier(database, keys), size=batch_size, in_flight=batches_in_flight, queue=queue
+        )
+        self._handoff = handoff or Handoff()
         self._keys_in_work: set[str] = set()
         self._batcher: Batcher[_Attempt, Placed | KeyReused] = Batcher(
             self._flush, size=batch_size, in_flight=batches_in_flight, queue=queue,
@@ -84,8 +100,11 @@ class OrderService:
         """Place an order; returns after it and its event are durable.
 
         `amount` has two decimals (amounts.parse_amount); `deadline` is event loop time, `timeout` from now without it. Raises
-        Overloaded when too many orders are waiting, Unavailable when PostgreSQL did not confirm in time.
+        Overloaded when too many orders are waiting, Backlogged when the oldest of them has waited too long, Unavailable when
+        PostgreSQL did not confirm in time.
         """
+        if self._admission.refusing:
+            return await self._replay(user_id, amount, key)
         if key is None:
             return await self._place(user_id, amount, None, traceparent, deadline)
         if key in self._keys_in_work:
@@ -95,6 +114,21 @@ class OrderService:
             return await self._place(user_id, amount, key, traceparent, deadline)
         finally:
             self._keys_in_work.discard(key)
+
+    async def _replay(self, user_id: UUID, amount: Decimal, key: str | None) -> Placed | KeyReused | KeyInProgress:
+        """What was placed before is answered however long the backlog: whoever asks may not know that it was accepted."""
+        if key is not None:
+            if key in self._keys_in_work:
+                return KeyInProgress()
+            try:
+                found = await self._limit.run(self._earlier.submit((key, request_hash(user_id, amount))))
+            except Exception as error:
+                if not is_transient(error):
+                    raise
+                raise Unavailable(None, error) from error
+            if found is not None:
+                return found
+        raise Backlogged(self._admission.age)
 
     async def _place(
         self, user_id: UUID, amount: Decimal, key: str | None, traceparent: str | None, deadline: float | None
@@ -117,12 +151,14 @@ class OrderService:
         observe("accepted", loop.time() - started)
         return result
 
+    @seam
     async def _flush(self, group: Sequence[_Attempt]) -> Sequence[Placed | KeyReused]:
         async with self._database.acquire() as connection:
             for attempt in group:
                 attempt.sent = True
+            orders = [attempt.order for attempt in group]
             try:
-                results = await store.place(connection, [attempt.order for attempt in group])
+                results = await store.place(connection, orders)
             except _ROLLED_BACK:
                 for attempt in group:
                     attempt.sent = False
@@ -132,9 +168,11 @@ class OrderService:
                     attempt.sent, attempt.unknown = False, True
                 raise
         self.last_commit = asyncio.get_running_loop().time()
-        self._wake()
+        self._admission.news = True
+        self._handoff.committed(lambda: store.announced(orders, results))
         return results
 
     async def close(self) -> None:
         """End what is still on its way; callers that wait are cancelled."""
         await self._batcher.close()
+        await self._earlier.close()

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import errno
+import os
 import socket
-from collections.abc import Callable
+import ssl
+from collections.abc import Callable, Sequence
 from typing import Any, Final
 
 from aiohttp import web
 from aiohttp.web_protocol import RequestHandler
 
-from orderflow.engine.patience import Misconfigured
+from orderflow.engine.patience import Misconfigured, within
 from orderflow.orders.problems import Handle, Problem, with_problems
 
 # Told of each answered request: method, pattern of the route, status.
@@ -22,6 +26,8 @@ KEEPALIVE_SECONDS: Final = 75.0
 # How long the rest of a refused body is read and thrown away, so that the caller gets to read why.
 LINGER_SECONDS: Final = 2.0
 MAX_BODY: Final = 65_536
+# Of a process that is about to end: how long a connection on which nothing comes is kept for what may be on its way.
+LEAVE_SECONDS: Final = 1.0
 
 
 class _Protocol(RequestHandler):
@@ -43,8 +49,19 @@ class _Protocol(RequestHandler):
 
 
 class _Server(web.Server):
+    nobody: asyncio.Event
+
     def __call__(self) -> RequestHandler:
         return _Protocol(self, loop=self._loop, **self._kwargs)
+
+    def connection_made(self, handler: RequestHandler, transport: asyncio.Transport) -> None:
+        super().connection_made(handler, transport)
+        self.nobody.clear()
+
+    def connection_lost(self, handler: RequestHandler, exc: BaseException | None = None) -> None:
+        super().connection_lost(handler, exc)
+        if not self.connections:
+            self.nobody.set()
 
 
 class Runner(web.AppRunner):
@@ -60,39 +77,61 @@ class Runner(web.AppRunner):
             keepalive_timeout=KEEPALIVE_SECONDS, lingering_time=LINGER_SECONDS, auto_decompress=False,
         )  # fmt: skip
         self._count = count
+        self._leaving = False
+        self._nobody = asyncio.Event()
+        self._nobody.set()
+
+    async def leave(self) -> None:
+        """Accept no connection, end each with its next answer, and wait for those who keep theirs for a moment.
+
+        Who has sent a request on a connection at the moment in which it is closed would have to guess what became of it.
+        """
+        self._leaving = True
+        for site in list(self.sites):
+            await site.stop()
+        with contextlib.suppress(TimeoutError):
+            await within(self._nobody.wait(), LEAVE_SECONDS)
 
     async def _make_server(self) -> web.Server:
         made = await super()._make_server()
-        return _Server(
-            _counted(with_problems(made.request_handler), self._count), request_factory=made.request_factory, **self._kwargs
+        server = _Server(
+            self._answering(with_problems(made.request_handler)), request_factory=made.request_factory, **self._kwargs
         )
+        server.nobody = self._nobody
+        return server
 
+    def _answering(self, handle: Handle) -> Handle:
+        async def answer(request: web.BaseRequest) -> web.StreamResponse:
+            response = await handle(request)
+            # Never the path itself: each would be a time series for ever.
+            resource = request.match_info.route.resource if isinstance(request, web.Request) else None
+            self._count(request.method, resource.canonical if resource is not None else "unknown", response.status)
+            if self._leaving:
+                response.force_close()
+            return response
 
-def _counted(handle: Handle, count: Count) -> Handle:
-    async def answer(request: web.BaseRequest) -> web.StreamResponse:
-        response = await handle(request)
-        # Never the path itself: each would be a time series for ever.
-        resource = request.match_info.route.resource if isinstance(request, web.Request) else None
-        count(request.method, resource.canonical if resource is not None else "unknown", response.status)
-        return response
-
-    return answer
+        return answer
 
 
 async def listen(
     runner: Runner, host: str, port: int, *, reuse_port: bool, port_setting: str,
-    host_setting: str = "ORDERFLOW_HTTP_HOST",
+    host_setting: str = "ORDERFLOW_HTTP_HOST", sockets: Sequence[int] = (), tls: ssl.SSLContext | None = None,
 ) -> int:  # fmt: skip
-    """Start listening; returns the port, which the system has chosen where 0 was asked for.
+    """Start listening, or accepting from `sockets`, descriptors that listen already; returns the port.
 
     Raises Misconfigured, naming the setting, when the port is taken or forbidden or the address is not ours.
     """
     options: dict[str, Any] = {"reuse_port": True} if reuse_port else {}
-    site = web.TCPSite(runner, host, port, backlog=BACKLOG, **options)
+    # Copies: the role may crash and start again in this process.
+    sites: list[web.BaseSite] = [
+        web.SockSite(runner, socket.socket(fileno=os.dup(one)), backlog=BACKLOG, ssl_context=tls) for one in sockets
+    ]
     try:
-        await site.start()
+        for site in sites or [web.TCPSite(runner, host, port, backlog=BACKLOG, ssl_context=tls, **options)]:
+            await site.start()
     except OSError as error:
-        await site.stop()
+        for site in runner.sites:
+            await site.stop()
         raise _misconfigured(error, host, port, port_setting, host_setting) from error
     return int(runner.addresses[0][1])
 

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import datetime, timedelta
 from decimal import Decimal
 from uuid import UUID
 
 import asyncpg
+import orjson
 
+from orderflow.engine.message import Message
 from orderflow.engine.postgres import Connection, Database
+from orderflow.engine.seams import seam
 from orderflow.orders.model import State
 
 _PLACE = """
@@ -59,7 +62,26 @@ LEFT JOIN idempotency_keys k ON k.key = t.key
 LEFT JOIN orders o ON o.id = coalesce(k.order_id, t.order_id)
 """
 
-_COLUMNS = "id, user_id, state, version, amount, failure, created_at, updated_at, entered_at"
+_EARLIER = """
+SELECT k.key, k.request_hash, o.id, o.user_id, o.amount, o.created_at
+FROM idempotency_keys k JOIN orders o ON o.id = k.order_id
+WHERE k.key = ANY($1::text[]) AND k.created_at >= now() - interval '24 hours'
+"""
+
+# The oldest CREATED orders, and which of them still wait for their event: none does whose event is processed, buried, or was
+# never written. From a time on, up to which nothing was left: at the old end of the index lie the entries of all that was
+# settled lately.
+_OLDEST_CREATED = """
+SELECT now() AS now, count(*) AS seen, max(c.created_at) AS last, min(c.created_at) FILTER (WHERE e.waits) AS oldest
+FROM (SELECT id, created_at FROM orders WHERE in_flight AND created_at >= coalesce($1, now() - $2::interval)
+        AND state = 'CREATED' ORDER BY created_at, id LIMIT $3) AS c
+LEFT JOIN LATERAL (
+    SELECT true AS waits FROM outbox o LEFT JOIN processed_events p ON p.event_id = o.event_id
+    WHERE o.aggregate_id = c.id AND o.event_type = 'OrderCreated' AND o.available_at IS DISTINCT FROM 'infinity'
+      AND p.event_id IS NULL LIMIT 1) AS e ON true
+"""
+
+_COLUMNS = "id, user_id, state, version, amount, failure, created_at, updated_at, entered_at, retired_at"
 
 
 @dataclass(slots=True)
@@ -93,7 +115,7 @@ class KeyReused:
 
 @dataclass(frozen=True, slots=True)
 class Order:
-    """A row of orders; `entered_at[v - 1]` is when version v began."""
+    """A row of orders; `entered_at[v - 1]` is when version v began, `retired_at` when retention deleted its events."""
 
     id: UUID
     user_id: UUID
@@ -104,8 +126,10 @@ class Order:
     created_at: datetime
     updated_at: datetime
     entered_at: list[datetime]
+    retired_at: datetime | None = None
 
 
+@seam
 async def place(connection: Database | Connection, orders: Sequence[NewOrder]) -> list[Placed | KeyReused]:
     """Write orders, their OrderCreated events and their idempotency keys in one statement; safe to repeat."""
     columns = (
@@ -132,6 +156,56 @@ async def place(connection: Database | Connection, orders: Sequence[NewOrder]) -
     ]
 
 
+@seam
+async def earlier(database: Database, keys: Sequence[tuple[str, bytes]]) -> list[Placed | KeyReused | None]:
+    """What was placed with each of these keys, given with its request's hash; None for a key that is free."""
+    rows = {row["key"]: row for row in await database.fetch(_EARLIER, [key for key, _ in keys])}
+    results: list[Placed | KeyReused | None] = []
+    for key, hashed in keys:
+        row = rows.get(key)
+        if row is None:
+            results.append(None)
+        elif row["request_hash"] != hashed:
+            results.append(KeyReused())
+        else:
+            results.append(Placed(row["id"], row["user_id"], row["amount"], row["created_at"], replayed=True))
+    return results
+
+
+@dataclass(frozen=True, slots=True)
+class Oldest:
+    """The oldest CREATED orders from some time on. `seen`: how many were looked at, up to `last`; `oldest`: the first of them
+    that waits for its event, if one does.
+    """
+
+    now: datetime
+    seen: int
+    last: datetime | None
+    oldest: datetime | None
+
+
+@seam
+async def oldest_created(database: Database, after: datetime | None, within: timedelta, most: int) -> Oldest:
+    """Look at no more than `most` CREATED orders, from `after` on; without it, at those of this length of time."""
+    row = await database.fetchrow(_OLDEST_CREATED, after, within, most)
+    assert row is not None
+    return Oldest(**row)
+
+
+def announced(orders: Sequence[NewOrder], results: Sequence[Placed | KeyReused]) -> list[Message]:
+    """The OrderCreated events of those that `place` has written: what the outbox has for them, byte for byte."""
+    return [
+        Message(
+            order.event_id, "OrderCreated", "order", order.order_id,
+            f'{{"amount": "{order.amount:.2f}", "userId": "{order.user_id}", "orderId": "{order.order_id}"}}',
+            placed.created_at, headers=orjson.loads(order.headers) if order.headers else {},
+        )
+        for order, placed in zip(orders, results, strict=True)
+        if isinstance(placed, Placed) and not placed.replayed
+    ]  # fmt: skip
+
+
+@seam
 async def _resolve(connection: Database | Connection, orders: Sequence[NewOrder]) -> dict[UUID, Placed | KeyReused]:
     rows = await connection.fetch(_RESOLVE, [o.order_id for o in orders], [o.key for o in orders])
     asked = {o.order_id: o for o in orders}
@@ -154,12 +228,14 @@ def _order(row: asyncpg.Record) -> Order:
     return Order(**{**dict(row), "state": State(row["state"])})
 
 
+@seam
 async def get(database: Database, order_id: UUID) -> Order | None:
     """One order, or None."""
     row = await database.fetchrow(f"SELECT {_COLUMNS} FROM orders WHERE id = $1", order_id)
     return _order(row) if row else None
 
 
+@seam
 async def newest(database: Database, *, state: State | None, limit: int, after: tuple[datetime, UUID] | None) -> list[Order]:
     """Orders, newest first, that come after the keyset cursor `(created_at, id)`."""
     # Conditions that are not asked for are left out, and the state stands in the text: under `$1 IS NULL OR ...` a generic plan
@@ -176,6 +252,7 @@ async def newest(database: Database, *, state: State | None, limit: int, after: 
     return [_order(row) for row in rows]
 
 
+@seam
 async def timeline(database: Database, order_id: UUID) -> list[asyncpg.Record]:
     """The order's events, oldest first, each with when it was published, processed or buried, and its failed attempts."""
     return await database.fetch(
@@ -189,6 +266,7 @@ async def timeline(database: Database, order_id: UUID) -> list[asyncpg.Record]:
     )
 
 
+@seam
 async def reopen_if_failed_technically(connection: Connection, order_id: UUID) -> int | None:
     """FAILED by an error -> PAYMENT_PENDING, for a redrive; the new version, or None: a declined order stays as it is."""
     version: int | None = await connection.fetchval(

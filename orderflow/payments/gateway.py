@@ -40,20 +40,24 @@ class ChargeUnknown(Exception):
     """No answer: the charge may or may not exist. Ask `find` before charging again or giving up."""
 
 
+class GatewayUnavailable(Exception):
+    """It cannot be reached, or refuses to work at all: this call has surely done nothing, and others would fare no better."""
+
+
 class Gateway(Protocol):
     """Charges money. Implementations are safe for thousands of concurrent calls; every call is bounded by the caller."""
 
     async def charge(self, request: ChargeRequest) -> Charge:
         """Charge once for the request's key, however often it is called.
 
-        Raises Declined, ChargeFailed or ChargeUnknown.
+        Raises Declined, ChargeFailed, ChargeUnknown or GatewayUnavailable.
         """
         ...
 
     async def find(self, reference: UUID) -> Charge | None:
         """The settled charge with that reference, or None when there is none.
 
-        Raises ChargeUnknown when the gateway cannot tell.
+        Raises ChargeUnknown when the gateway cannot tell, or GatewayUnavailable.
         """
         ...
 

@@ -11,7 +11,8 @@ from uuid import UUID
 from orderflow.engine.ids import new_id
 from orderflow.engine.message import Message
 from orderflow.engine.postgres import Connection, Database
-from orderflow.engine.processed import Known, look_up
+from orderflow.engine.processed import Known
+from orderflow.engine.seams import seam
 from orderflow.orders.model import State
 
 # The common case in one statement: our event, neither processed nor buried nor overtaken, of an order that is CREATED. Rows are
@@ -25,6 +26,16 @@ FROM unnest($1::uuid[], $2::uuid[], $3::integer[]) WITH ORDINALITY AS i(event_id
 WHERE o.id = i.order_id AND o.state = 'CREATED' AND o.version = 1
   AND e.event_type = 'OrderCreated' AND e.attempt <= i.attempt AND p.event_id IS NULL AND d.event_id IS NULL
 RETURNING i.place, o.user_id, o.amount, e.attempt, e.first_attempt
+"""
+
+# Of events that were attempted before, and with them the orders that wait for their payment.
+_RESUME = """
+SELECT e.event_id, e.event_type, e.aggregate_id, e.attempt, e.first_attempt, p.event_id IS NOT NULL, d.event_id IS NOT NULL,
+       o.user_id, o.amount, o.version
+FROM outbox e LEFT JOIN processed_events p ON p.event_id = e.event_id
+     LEFT JOIN dead_letter_events d ON d.event_id = e.event_id
+     LEFT JOIN orders o ON o.id = e.aggregate_id AND o.state = 'PAYMENT_PENDING'
+WHERE e.event_id = ANY($1::uuid[])
 """
 
 _BEGIN = """
@@ -57,7 +68,7 @@ SELECT CASE WHEN count(*) < cardinality($1) THEN coalesce(array_agg(new_event_id
 _FAIL = """
 UPDATE orders SET state = 'FAILED', version = version + 1, failure = 'error', updated_at = now(),
                   entered_at = entered_at || now()
-WHERE id = $1 AND state IN ('CREATED', 'PAYMENT_PENDING')
+WHERE id = $1 AND state = ANY($2::text[])
 RETURNING version
 """
 
@@ -94,6 +105,7 @@ class Settlement:
         return State.PAID if self.paid else State.FAILED
 
 
+@seam
 async def begin_if_fresh(database: Database, messages: Sequence[Message]) -> list[Known | None]:
     """What is known of these OrderCreated events; the orders of the fresh ones are CREATED -> PAYMENT_PENDING, and `begun`."""
     rows = await database.fetch(
@@ -105,11 +117,24 @@ async def begin_if_fresh(database: Database, messages: Sequence[Message]) -> lis
         begun = Begun(order_id, user_id, amount, State.PAYMENT_PENDING, 2, True)
         results[place - 1] = Known("OrderCreated", order_id, attempt, first_attempt, False, False, begun)
     if left := [message for message, known in zip(messages, results, strict=True) if known is None]:
-        others = iter(await look_up(database, left))
+        others = iter(await resume(database, left))
         results = [known or next(others) for known in results]
     return results
 
 
+@seam
+async def resume(database: Database, messages: Sequence[Message]) -> list[Known | None]:
+    """What is known of events that were attempted before; those whose order is PAYMENT_PENDING have it as `begun`."""
+    results: dict[UUID, Known] = {}
+    for event_id, kind, order_id, attempt, first, processed, buried, user_id, amount, version in await database.fetch(
+        _RESUME, [m.id for m in messages]
+    ):
+        begun = None if version is None else Begun(order_id, user_id, amount, State.PAYMENT_PENDING, version, False)
+        results[event_id] = Known(kind, order_id, attempt, first, processed, buried, begun)
+    return [results.get(message.id) for message in messages]
+
+
+@seam
 async def begin_if_created(database: Database, order_ids: Sequence[UUID]) -> list[Begun | None]:
     """CREATED -> PAYMENT_PENDING for those that are CREATED; None for an order that does not exist here."""
     moved = {row["id"] for row in await database.fetch(_BEGIN, order_ids)}
@@ -127,6 +152,7 @@ async def begin_if_created(database: Database, order_ids: Sequence[UUID]) -> lis
     return results
 
 
+@seam
 async def settle_if_pending(database: Database | Connection, settlements: Sequence[Settlement], worker_id: str) -> list[bool]:
     """PAYMENT_PENDING -> PAID or FAILED, the event recorded as processed, and the outcome's event: one statement."""
     new_ids = [new_id() for _ in settlements]
@@ -148,12 +174,14 @@ async def settle_if_pending(database: Database | Connection, settlements: Sequen
     return [event_id in found for event_id in new_ids]
 
 
-async def fail_if_not_terminal(connection: Connection, order_id: UUID) -> int | None:
-    """CREATED or PAYMENT_PENDING -> FAILED for a technical reason; the new version, or None when nothing was to be done."""
-    version: int | None = await connection.fetchval(_FAIL, order_id)
+@seam
+async def fail_if_in(connection: Connection, order_id: UUID, states: Sequence[State]) -> int | None:
+    """From one of these states, none of them terminal, to FAILED for a technical reason; the new version, or None."""
+    version: int | None = await connection.fetchval(_FAIL, order_id, [state.value for state in states])
     return version
 
 
+@seam
 async def unbury_for_late_charge(connection: Connection, event_id: UUID) -> None:
     """Take the dead letter of an order back whose charge turned out to exist; nothing is published again."""
     await connection.execute("DELETE FROM dead_letter_events WHERE event_id = $1", event_id)

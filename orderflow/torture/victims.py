@@ -27,24 +27,20 @@ class Victims:
     """The processes that `orderflow run --api N ...`, whose pid is `parent`, keeps running."""
 
     def __init__(self, parent: int) -> None:
-        self._parent = parent
+        self.parent = parent
 
     async def of(self, role: Role) -> list[Victim]:
         """That role's living processes, in the order of their pids."""
-        return [victim for victim in await self._all() if victim.role == role]
+        return [victim for victim in await self.all() if victim.role == role]
 
     async def still(self, victim: Victim) -> bool:
         """Whether that process has not ended: its pid may be another program's by now."""
-        return victim in await self._all()
+        return victim in await self.all()
 
-    async def _all(self) -> list[Victim]:
+    async def all(self) -> list[Victim]:
+        """Every living process, in the order of their pids."""
         # Asked for each time: between two faults the parent may have put others in their place.
-        process = await asyncio.create_subprocess_exec(
-            "ps", "-axo", "pid=,ppid=,stat=,command=", stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.PIPE
-        )
-        async with asyncio.timeout(LISTING_TIMEOUT):
-            output, _ = await process.communicate()
-        return sorted(listed(output.decode(errors="replace"), self._parent), key=lambda victim: victim.pid)
+        return sorted(listed(await _listing(), self.parent), key=lambda victim: victim.pid)
 
 
 def listed(listing: str, parent: int) -> list[Victim]:
@@ -56,3 +52,27 @@ def listed(listing: str, parent: int) -> list[Victim]:
         if int(ppid) == parent and role is not None and not state.startswith("Z"):
             found.append(Victim(role[1], int(pid)))
     return found
+
+
+async def descendants(pid: int) -> list[int]:
+    """The processes below that one, by their ids."""
+    rows = [line.split(None, 2)[:2] for line in (await _listing()).splitlines()]
+    children: dict[int, list[int]] = {}
+    for child, parent in rows:
+        children.setdefault(int(parent), []).append(int(child))
+    found: list[int] = []
+    waiting = [pid]
+    while waiting:
+        below = children.get(waiting.pop(), [])
+        found += below
+        waiting += below
+    return found
+
+
+async def _listing() -> str:
+    process = await asyncio.create_subprocess_exec(
+        "ps", "-axo", "pid=,ppid=,stat=,command=", stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.PIPE
+    )
+    async with asyncio.timeout(LISTING_TIMEOUT):
+        output, _ = await process.communicate()
+    return output.decode(errors="replace")

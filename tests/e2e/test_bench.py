@@ -59,6 +59,7 @@ def test_the_quick_form_of_everything_runs_and_audits(tmp_path: Path) -> None:
     ElementTree.fromstring(drawn.read_text())
 
 
+@pytest.mark.campaign
 @pytest.mark.timeout(120)
 def test_the_embedded_broker_is_named_in_the_output() -> None:
     result = run("bench", "T14", "--quick", "--embedded-broker")

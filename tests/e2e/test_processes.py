@@ -15,8 +15,9 @@ from pathlib import Path
 
 import pytest
 
+from orderflow.children import child_environment, worker_name
 from orderflow.engine.patience import Misconfigured
-from orderflow.processes import child_environment, reserved_port, worker_name
+from orderflow.held_port import held_port
 from orderflow.settings import Settings, load
 from tests.programs import FACTS, ROOT, Program, alive, end_all, holds
 
@@ -237,28 +238,35 @@ def test_a_port_that_others_share_is_taken_all_the_same() -> None:
         sharing.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
         sharing.bind(("127.0.0.1", 0))
         sharing.listen()
-        with pytest.raises(Misconfigured, match="is taken"), reserved_port("127.0.0.1", sharing.getsockname()[1]):
+        with pytest.raises(Misconfigured, match="is taken"), held_port("127.0.0.1", sharing.getsockname()[1]):
             pass
 
 
-def test_children_can_listen_on_the_reserved_port_and_strangers_cannot() -> None:
-    with reserved_port("127.0.0.1", 0) as port, socket.socket() as child, socket.socket() as stranger:
-        child.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
-        child.bind(("127.0.0.1", port))
-        child.listen()
+def test_whoever_connects_while_nobody_accepts_waits_for_the_next_process() -> None:
+    with held_port("127.0.0.1", 0) as (port, [held]), socket.socket() as stranger:
         with pytest.raises(OSError, match="in use"):
             stranger.bind(("127.0.0.1", port))
-        # The reserving socket takes no connection away from those that listen.
-        for _ in range(20):
-            with socket.create_connection(("127.0.0.1", port), timeout=5):
-                child.accept()[0].close()
+        with socket.create_connection(("127.0.0.1", port), timeout=5) as waiting:
+            # A child's copy, closed as when the child ends, takes nobody along.
+            socket.socket(fileno=os.dup(held.fileno())).close()
+            with socket.socket(fileno=os.dup(held.fileno())) as child:
+                accepted, address = child.accept()
+                accepted.close()
+                assert address == waiting.getsockname()
+
+
+def test_every_address_of_a_host_is_listened_on() -> None:
+    with held_port("localhost", 0) as (port, sockets):
+        assert {one.getsockname()[1] for one in sockets} == {port}
+        for one in sockets:
+            socket.create_connection(one.getsockname()[:2], timeout=5).close()
 
 
 @pytest.mark.parametrize(
     ("host", "line"), [("203.0.113.7", "cannot listen on 203.0.113.7:3000"), ("nowhere.invalid", "cannot listen")]
 )
 def test_an_address_that_is_not_ours_is_refused(host: str, line: str) -> None:
-    with pytest.raises(Misconfigured, match=line), reserved_port(host, 3000):
+    with pytest.raises(Misconfigured, match=line), held_port(host, 3000):
         pass
 
 
@@ -275,7 +283,7 @@ def test_every_setting_reaches_the_child(monkeypatch: pytest.MonkeyPatch) -> Non
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     child = Settings()
-    given = {"http_port": 5000, "http_reuse_port": True, "dev_children": True}
+    given = {"http_port": 5000, "http_sockets": "", "http_reuse_port": True, "dev_children": True}
     for name in Settings.model_fields:
         assert getattr(child, name) == given.get(name, getattr(settings, name)), name
 

@@ -13,6 +13,7 @@ import orjson
 import pytest
 from aiokafka import AIOKafkaProducer
 
+from orderflow.engine.circuit import Circuit
 from orderflow.engine.consumer import Consumer
 from orderflow.engine.handling import Record
 from orderflow.payments.handlers import ChargeHandler
@@ -176,6 +177,43 @@ async def test_a_full_partition_is_paused_and_the_others_are_not(kafka: Broker, 
         await has_committed(kafka, topic, {0: 80, 1: 3})
 
 
+async def test_a_partition_that_has_more_than_there_is_leaves_the_others_some_of_it(kafka: Broker, topic: str) -> None:
+    gate = asyncio.Event()
+    part = Part(kafka, topic, max_in_flight=16)
+    part.until = lambda record: gate.wait() if record.partition == 0 else None
+    async with running(part):
+        await produce(kafka, topic, [(b"k%d" % n, b"x") for n in range(100)], 0)
+        await part.has_begun(16)
+        await produce(kafka, topic, [(b"o%d" % n, b"x") for n in range(50)], 1)
+        await part.has_ended(50)
+        gate.set()
+        await part.has_ended(150)
+        await has_committed(kafka, topic, {0: 100, 1: 50})
+
+
+async def test_what_is_finished_behind_a_slow_head_holds_up_nobody_until_there_is_much_of_it(kafka: Broker, topic: str) -> None:
+    gate = asyncio.Event()
+    # Of four partitions: ten in flight each, and eighty offsets.
+    part = Part(kafka, topic, max_in_flight=40)
+    part.until = lambda record: gate.wait() if record.key == b"slow" else None
+    async with running(part):
+        await produce(kafka, topic, [(b"slow", b"x"), *[(b"k%d" % n, b"x") for n in range(39)]], 0)
+        await part.has_ended(39)
+        await produce(kafka, topic, [(b"k%d" % n, b"x") for n in range(20)], 0)
+        await part.has_ended(59)
+        await produce(kafka, topic, [(b"k%d" % n, b"x") for n in range(60)], 0)
+        await part.has_ended(78)
+        await produce(kafka, topic, [(b"late%d" % n, b"x") for n in range(5)], 0)
+        for _ in range(3):
+            before = len(part.ended)
+            await produce(kafka, topic, [(b"other", b"x")], 1)
+            await part.has_ended(before + 1)
+        assert not [key for key in keys(part.begun) if key and key.startswith(b"late")]
+        gate.set()
+        await part.has_ended(128)
+        await has_committed(kafka, topic, {0: 125, 1: 3})
+
+
 async def test_a_start_is_interruptible_and_a_stop_before_anything_came_ends(kafka: Broker, topic: str) -> None:
     part = Part(kafka, topic)
     async with running(part):
@@ -200,11 +238,14 @@ async def send_events(connection: asyncpg.Connection, broker: Broker, topic: str
 @asynccontextmanager
 async def charging(url: str, gateway: FakeGateway, worker_id: str) -> AsyncIterator[dict[str, ChargeHandler]]:
     async with opened(url, size=6) as database:
-        handler = ChargeHandler(database, gateway, worker_id=worker_id)
+        circuit = Circuit(database, "gateway", worker_id=worker_id, failures=0)
+        # The gate may stay shut for longer than a charge usually may take.
+        handler = ChargeHandler(database, gateway, circuit, worker_id=worker_id, timeout=60.0)
         try:
             yield {"OrderCreated": handler}
         finally:
             await handler.close()
+            await circuit.close()
 
 
 async def test_workers_join_and_leave_while_deliveries_are_in_flight(
@@ -289,6 +330,19 @@ async def test_poison_is_buried_and_its_partition_goes_on(
             await eventually(lambda: has_read(kafka, topic, f"{topic}-again", {2: 10}), 20)
     assert facts.of("DLQ_EVENT") == []
     assert await connection.fetchval("SELECT count(*) FROM dead_letter_events") == 6
+
+
+async def test_many_poisoned_records_in_a_row_are_buried_in_groups(
+    connection: asyncpg.Connection, database_url: str, kafka: Broker, topic: str
+) -> None:
+    async with producing(kafka) as producer:
+        await asyncio.gather(*[await producer.send(topic, b"not JSON", partition=1) for _ in range(1000)])
+    with watching() as facts:
+        async with running(worker_with({}, database_url, kafka_for(kafka, topic))):
+            await facts.until("DLQ_EVENT", count=1000)
+    # One after the other, each with a commit of its own, ten thousand of them held up their partition for a minute.
+    transactions = await connection.fetchval("SELECT count(DISTINCT xmin::text) FROM dead_letter_events")
+    assert transactions < 100
 
 
 async def test_events_that_another_producer_compressed_are_read(

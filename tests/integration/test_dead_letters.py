@@ -4,18 +4,28 @@ from __future__ import annotations
 
 import asyncio
 import json
+from collections.abc import AsyncIterator
 from datetime import UTC, datetime
 from uuid import UUID, uuid4
 
 import asyncpg
 import pytest
+import pytest_asyncio
 
 from orderflow.engine import dead_letters
 from orderflow.engine.dead_letters import Place
 from orderflow.engine.outbox import Failure
+from orderflow.engine.postgres import Database
 from tests.rows import dead_letter, insert_event, message_of, one_database
 
 database_url = one_database
+
+
+@pytest_asyncio.fixture
+async def database(database_url: str) -> AsyncIterator[Database]:
+    opened = await Database.open(database_url, size=2, timeout=5.0)
+    yield opened
+    await opened.close()
 
 
 @pytest.fixture(autouse=True)
@@ -91,22 +101,22 @@ async def test_whether_it_was_published_is_kept(connection: asyncpg.Connection, 
     assert (await connection.fetchval("SELECT published_at FROM outbox") is not None) is published
 
 
-async def test_a_stranger_is_buried_once_with_its_bytes(connection: asyncpg.Connection) -> None:
-    event_id = uuid4()
+async def test_a_stranger_is_buried_once_with_its_bytes(connection: asyncpg.Connection, database: Database) -> None:
+    def stranger(offset: int) -> dead_letters.Foreign:
+        headers = {"a\0": "\\u0000", "b": "\\\\u0000\0"}
+        place = Place("t", 0, offset)
+        return dead_letters.Foreign(place.event_id(), "no \0 idea", place, b"\x00\xff", headers, ValueError("a\0b"))
 
-    async def bury_foreign() -> bool:
-        return await dead_letters.bury_foreign(
-            connection, event_id, reason="no \0 idea", error=ValueError("a\0b"), place=Place("t", 0, 9),
-            raw=b"\x00\xff", headers={"a\0": "\\u0000", "b": "\\\\u0000\0"}, worker_id="w",
-        )  # fmt: skip
-
-    assert await bury_foreign()
-    assert not await bury_foreign()
-    (letter,) = await dead_letters.fetch(connection)
-    assert letter.raw == b"\x00\xff"
-    assert letter.reason == "no \ufffd idea"
-    assert letter.headers == {"a\ufffd": "\\u0000", "b": "\\\\u0000\ufffd"}
-    assert (letter.event_type, letter.aggregate_id, letter.payload) == (None, None, None)
+    assert await dead_letters.bury_foreign(database, [stranger(9), stranger(10)], "w") == [True, True]
+    assert await dead_letters.bury_foreign(database, [stranger(9), stranger(11)], "w") == [False, True]
+    letters = await dead_letters.fetch(connection)
+    assert {letter.offset for letter in letters} == {9, 10, 11}
+    for letter in letters:
+        assert letter.raw == b"\x00\xff"
+        assert letter.reason == "no \ufffd idea"
+        assert (letter.error_class, letter.error_message) == ("ValueError", "a\ufffdb")
+        assert letter.headers == {"a\ufffd": "\\u0000", "b": "\\\\u0000\ufffd"}
+        assert (letter.event_type, letter.aggregate_id, letter.payload, letter.worker_id) == (None, None, None, "w")
 
 
 async def test_a_discard_keeps_its_reason_and_is_final(connection: asyncpg.Connection) -> None:

@@ -17,7 +17,7 @@ from aiokafka.admin import AIOKafkaAdminClient, NewTopic
 from orderflow.embedded import kafka_install, ports
 from orderflow.embedded.errors import AlreadyRunningError, EmbeddedError, ServerDiedError
 from orderflow.embedded.kafka import ApacheKafka, available, default_cache_dir, install
-from tests.servers import choose_broker, fetch_kafka, is_gone, scratch_directory
+from tests.servers import Broker, choose_broker, fetch_kafka, is_gone, make_kafka, scratch_directory
 
 ROOT = Path(__file__).parents[2]
 TOPIC = "kept"
@@ -96,8 +96,10 @@ async def test_pause_resume_and_a_second_start_in_the_same_place(restartable_kaf
     assert await asyncio.wait_for(topics(server), 30) == []
 
 
-async def test_it_listens_on_the_loopback_only(restartable_kafka: ApacheKafka) -> None:
-    properties = (restartable_kafka.data_dir / "server.properties").read_text()
+@pytest.mark.usefixtures("real_kafka")
+async def test_it_listens_on_the_loopback_only(kafka: Broker) -> None:
+    assert isinstance(kafka, ApacheKafka)
+    properties = (kafka.data_dir / "server.properties").read_text()
     addresses = [line for line in properties.splitlines() if "listeners=" in line]
     assert addresses
     assert all(address.startswith(("PLAINTEXT://127.0.0.1:", "CONTROLLER://127.0.0.1:"))
@@ -107,7 +109,7 @@ async def test_it_listens_on_the_loopback_only(restartable_kafka: ApacheKafka) -
 @pytest.mark.usefixtures("real_kafka")
 async def test_properties_and_a_path_with_umlauts_reach_the_server() -> None:
     with scratch_directory() as directory:
-        server = ApacheKafka(directory / "kåfka \u20ac", heap="256m", properties={"num.partitions": 7})
+        server = make_kafka(directory / "kåfka \u20ac", heap="256m", properties={"num.partitions": 7})
         async with server:
             producer = AIOKafkaProducer(bootstrap_servers=server.bootstrap)
             await producer.start()

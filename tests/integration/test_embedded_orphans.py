@@ -26,11 +26,10 @@ PARENT = """
 import asyncio, json, sys
 from pathlib import Path
 from orderflow.embedded.broker import EmbeddedBroker
-from orderflow.embedded.kafka import ApacheKafka
-from tests.servers import make_postgres
+from tests.servers import make_kafka, make_postgres
 
 async def main(kind, directory, *options):
-    server = {"postgres": make_postgres, "broker": EmbeddedBroker, "kafka": ApacheKafka}[kind](Path(directory))
+    server = {"postgres": make_postgres, "broker": EmbeddedBroker, "kafka": make_kafka}[kind](Path(directory))
     await server.start()
     if "paused" in options:
         await server.pause()

@@ -14,6 +14,7 @@ import orjson
 import pytest
 
 from orderflow.embedded.postgres import EmbeddedPostgres
+from orderflow.engine import dead_letters
 from orderflow.engine.handling import Delivery
 from orderflow.engine.message import Message
 from orderflow.engine.outcome import Done, Outcome
@@ -362,6 +363,20 @@ async def test_a_buried_event_that_is_delivered_again_stays_buried(connection: a
     assert not await is_processed(connection, event_id)
 
 
+async def test_a_buried_event_that_nobody_handles_stays_buried_too(connection: asyncpg.Connection, database_url: str) -> None:
+    event_id = await insert_event(connection)
+    message = await message_of(connection, event_id)
+    async with connection.transaction():
+        assert await dead_letters.bury_if_attempt(
+            connection, message, reason="dead", failure=None, error=None, place=None, worker_id=None
+        )
+    with watching() as facts:
+        async with executing(database_url) as executor:
+            await executor.execute(as_record(message))
+    assert not await is_processed(connection, event_id)
+    assert [fact.event for fact in facts.seen] == ["EVENT_RECEIVED", "DUPLICATE_EVENT"]
+
+
 class Handling:
     """A handler of the test's own."""
 
@@ -394,6 +409,19 @@ async def test_a_handler_gets_the_event_its_place_and_how_often_it_failed(
     (delivery,) = handler.handled
     assert (delivery.failures, delivery.record.offset) == (1, 99)
     assert delivery.message.payload == {"n": 1}
+
+
+async def test_a_handled_event_that_is_delivered_again_is_not_handled_again(
+    connection: asyncpg.Connection, database_url: str
+) -> None:
+    event_id = await insert_event(connection)
+    handler = Handling(lambda delivery: Done())
+    with watching() as facts:
+        async with executing(database_url, handlers={"Shipped": handler}) as executor:
+            for offset in range(3):
+                await executor.execute(await record_of(connection, event_id, offset=offset))
+    assert [delivery.record.offset for delivery in handler.handled] == [0]
+    assert len(facts.of("DUPLICATE_EVENT", eventId=event_id)) == 2
 
 
 async def test_an_error_text_that_postgres_cannot_keep(connection: asyncpg.Connection, database_url: str) -> None:

@@ -16,6 +16,7 @@ from openapi_spec_validator import validate
 from orderflow.engine.patience import Misconfigured
 from orderflow.health import Health
 from orderflow.operations import Operations
+from orderflow.orders import serving as serving_module
 from tests.serving import USER, Answer, serving
 from tests.waiting import eventually
 
@@ -43,7 +44,7 @@ async def test_an_order_is_placed_and_shown(database_url: str, connection: async
         assert order["createdAt"].endswith("Z")
         assert placed.headers["Location"] == f"/orders/{order['orderId']}"
         assert "Idempotency-Replayed" not in placed.headers
-        assert api.wakes
+        assert api.handoff.woken.is_set()
         row = await connection.fetchrow("SELECT * FROM orders")
         assert row is not None
         assert (row["id"], row["user_id"], row["amount"]) == (UUID(order["orderId"]), USER, Decimal("299.99"))
@@ -258,11 +259,15 @@ async def _can_share(url: str, port: int, reuse_port: bool) -> bool:
 
 async def test_an_address_of_another_machine_is_named(database_url: str) -> None:
     with pytest.raises(Misconfigured, match=r"ORDERFLOW_HTTP_HOST: '192\.0\.2\.1' is not an address of this machine"):
-        async with serving(database_url, http_host="192.0.2.1"):
+        async with serving(database_url, http_host="192.0.2.1", allow_anonymous=True):
             pass
 
 
-async def test_a_stop_finishes_what_is_in_work_and_takes_no_more(database_url: str, connection: asyncpg.Connection) -> None:
+async def test_a_stop_finishes_what_is_in_work_and_takes_no_more(
+    database_url: str, connection: asyncpg.Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # It takes longer than those are waited for who have nothing under way.
+    monkeypatch.setattr(serving_module, "LEAVE_SECONDS", 0.1)
     async with serving(database_url) as api:
         async with connection.transaction():
             await connection.execute("LOCK TABLE orders IN ACCESS EXCLUSIVE MODE")
@@ -270,7 +275,8 @@ async def test_a_stop_finishes_what_is_in_work_and_takes_no_more(database_url: s
             await eventually(lambda: _waits(connection), what="the order waits for the lock")
             api.stopping.set()
             await eventually(lambda: api.health.draining, what="readiness goes")
-            assert not api.running.done()
+            ended, _ = await asyncio.wait((late, api.running), timeout=0.5)
+            assert ended == set(), "cut off while its order waits for the lock"
         assert (await late).status == 201
         await asyncio.wait_for(api.running, 10)
         with pytest.raises(OSError, match="Connect"):

@@ -114,6 +114,20 @@ async def test_a_database_that_hangs_is_503_within_the_time_of_a_request(restart
         assert (await api.place(key="later")).status == 201
 
 
+@pytest.mark.parametrize("key", [None, "k"])
+async def test_no_answer_comes_before_the_commit(database_url: str, connection: asyncpg.Connection, key: str | None) -> None:
+    async with serving(database_url) as api:
+        async with connection.transaction():
+            await connection.execute("LOCK TABLE outbox IN ACCESS EXCLUSIVE MODE")
+            waiting = asyncio.create_task(api.place(key=key))
+            await eventually(lambda: waits(connection), what="the order waits for its commit")
+            # Whatever was sent before this one was read by the server before it, and answered if it could be.
+            assert (await api.ask("GET", "/livez")).status == 200
+            assert not waiting.done()
+        assert (await waiting).status == 201
+        assert await orders(connection) == 1
+
+
 async def test_a_short_outage_is_waited_out(database_url: str, connection: asyncpg.Connection) -> None:
     async with Wire(database_url) as wire, serving(wire.url) as api:
         wire.cut = True

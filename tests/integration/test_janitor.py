@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import asyncio
+from collections.abc import Awaitable, Callable
+from datetime import UTC, datetime, timedelta
 from uuid import UUID, uuid4
 
 import asyncpg
@@ -11,6 +12,8 @@ from aiokafka import AIOKafkaConsumer, TopicPartition
 
 from orderflow.app import kafka_of, relay_of, worker_of
 from orderflow.engine import janitor as janitor_module
+from orderflow.engine import seams
+from orderflow.engine.handoff import Handoff
 from orderflow.engine.janitor import JANITOR_LOCK, Janitor
 from orderflow.health import Health
 from tests.pipeline import opened, opening, running, settings_for, watching
@@ -24,8 +27,12 @@ UPDATE outbox SET published_at = now() - interval '10 min', created_at = now() -
 """
 
 
-def janitor_of(url: str, horizon: float = 60.0) -> Janitor:
-    return Janitor(opening(url), horizon=horizon)
+async def everything() -> datetime:
+    return datetime.now(UTC)
+
+
+def janitor_of(url: str, horizon: float = 60.0, consumed_until: Callable[[], Awaitable[datetime]] = everything) -> Janitor:
+    return Janitor(opening(url), consumed_until, horizon=horizon, patrol_from=0)
 
 
 async def due(connection: asyncpg.Connection) -> set[UUID]:
@@ -54,6 +61,24 @@ async def test_only_what_is_lost_and_only_once_a_horizon(connection: asyncpg.Con
             await connection.execute("INSERT INTO processed_events VALUES ($1, 'w'), ($2, 'w')", lost, recent)
             assert await janitor.run_once(database) == 0
     assert facts.of("RECONCILED") == [{"events": 1}, {"events": 1}]
+
+
+async def test_what_still_waits_in_kafka_is_not_lost(connection: asyncpg.Connection, database_url: str) -> None:
+    lost, waiting = await insert_event(connection), await insert_event(connection)
+    await connection.execute(LONG_AGO, [lost, waiting])
+    await connection.execute("UPDATE outbox SET published_at = now() - interval '5 min' WHERE event_id = $1", waiting)
+    reached = datetime.now(UTC) - timedelta(minutes=7)
+
+    async def consumed_until() -> datetime:
+        return reached
+
+    janitor = janitor_of(database_url, consumed_until=consumed_until)
+    async with opened(database_url) as database:
+        assert await janitor.run_once(database) == 1
+        assert await due(connection) == {lost}
+        reached = datetime.now(UTC)
+        assert await janitor.run_once(database) == 1
+        assert await due(connection) == {lost, waiting}
 
 
 async def test_scheduled_and_buried_rows_are_left_alone(connection: asyncpg.Connection, database_url: str) -> None:
@@ -138,6 +163,40 @@ async def test_the_patrol_comes_round_page_by_page(
     assert await due(connection) == {events[5]}
 
 
+async def test_a_patrol_that_begins_in_the_midst_comes_round_as_well(connection: asyncpg.Connection, database_url: str) -> None:
+    before = await insert_event(connection)
+    await connection.execute(LONG_AGO, [before])
+    end = await connection.fetchval("SELECT max(seq) FROM outbox")
+    async with opened(database_url) as database:
+        janitor = Janitor(opening(database_url), everything, patrol_from=end)
+        # It finds no more rows, and goes on at the first one.
+        assert [await janitor.run_once(database) for _ in range(3)] == [0, 1, 0]
+
+
+@pytest.mark.parametrize(("failure", "stays"), [("_examine.before=raise@3", 2), ("_publish_again.after=drop@3", 2)])
+async def test_a_turn_that_fails_has_not_worked_in_vain_and_skips_nothing(
+    connection: asyncpg.Connection, database_url: str, monkeypatch: pytest.MonkeyPatch, failure: str, stays: int
+) -> None:
+    monkeypatch.setattr(janitor_module, "PAGE", 1)
+    aggregate = uuid4()
+    events = [await insert_event(connection, aggregate) for _ in range(4)]
+    # Young enough to be found by its age, by a janitor that has just been started.
+    age = "UPDATE outbox SET published_at = now() - interval '4 min', created_at = now() - interval '5 min'"
+    await connection.execute(age)
+    janitor = janitor_of(database_url)
+    async with opened(database_url) as database:
+        disarm = seams.arm(f"janitor.{failure}")
+        try:
+            with watching() as facts, pytest.raises(seams.ConnectionLost):
+                await janitor.run_once(database)
+        finally:
+            disarm()
+        assert await due(connection) == set(events[:stays])
+        assert facts.of("RECONCILED") == [{"events": 1}] * stays
+        assert await janitor.run_once(database) == 4 - stays
+    assert await due(connection) == set(events)
+
+
 async def test_one_janitor_at_a_time(connection: asyncpg.Connection, database_url: str) -> None:
     await connection.execute(LONG_AGO, [await insert_event(connection)])
     async with opened(database_url) as database:
@@ -155,7 +214,7 @@ async def test_an_event_that_kafka_does_not_have_settles_its_order(
     # Marked as published, and Kafka has never seen it: a wiped disk, or a row marked by hand.
     await connection.execute(LONG_AGO, [event_id for _, event_id in placed])
     settings = settings_for(database_url, kafka, topic)
-    relay = relay_of(settings, kafka_of(settings), asyncio.Event(), Health())
+    relay = relay_of(settings, kafka_of(settings), Handoff(), Health())
     worker = worker_of(settings, kafka_of(settings), Health())
     with watching() as facts:
         async with running(relay, worker, janitor_of(database_url, horizon=5.0)):
@@ -174,7 +233,7 @@ async def test_an_offset_that_was_skipped_settles_its_order(
     settings = settings_for(database_url, kafka, topic)
     with watching() as facts:
         ((order_id, event_id),) = await place(connection)
-        async with running(relay_of(settings, kafka_of(settings), asyncio.Event(), Health())):
+        async with running(relay_of(settings, kafka_of(settings), Handoff(), Health())):
             await facts.until("EVENT_PUBLISHED", eventId=event_id)
             await eventually(lambda: connection.fetchval("SELECT published_at FROM outbox"))
     # Somebody has set the group's offsets to the end.
@@ -187,7 +246,7 @@ async def test_an_offset_that_was_skipped_settles_its_order(
         await skipper.commit({place_of_it: record.offset + 1})
     finally:
         await skipper.stop()
-    relay = relay_of(settings, kafka_of(settings), asyncio.Event(), Health())
+    relay = relay_of(settings, kafka_of(settings), Handoff(), Health())
     worker = worker_of(settings, kafka_of(settings), Health())
     await connection.execute(LONG_AGO, [event_id])
     async with running(relay, worker, janitor_of(database_url, horizon=5.0)):

@@ -86,6 +86,19 @@ async def test_a_row_that_commits_after_its_successors_is_found_and_holds_the_sa
     assert set((await marks(connection)).values()) == {await last_number(connection)}
 
 
+async def test_a_session_that_wrote_before_writes_behind_no_mark(
+    connection: asyncpg.Connection, other: asyncpg.Connection
+) -> None:
+    positions = Positions()
+    events = [await insert_event(connection), await insert_event(other)]
+    for _ in range(2):
+        await round_of(positions, connection)
+    assert len(await marks(connection)) == SHARDS
+    # Not a number that this session has put aside when it wrote the first one.
+    events.append(await insert_event(connection))
+    assert await round_of(positions, connection) == events[2:]
+
+
 async def test_one_of_two_that_are_set_apart_ends(
     connection: asyncpg.Connection, other: asyncpg.Connection, database_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -38,7 +38,9 @@ def failure(attempt: int) -> Failure:
 
 
 async def retry(database: Database, event_id: UUID, attempt: int, delay: float = 0.0) -> bool:
-    return (await outbox.republish_if_attempt(database, [Republish(event_id, timedelta(seconds=delay), failure(attempt))]))[0]
+    return (
+        await outbox.republish_if_attempt(database, [Republish(event_id, attempt, timedelta(seconds=delay), failure(attempt))])
+    )[0]
 
 
 async def test_what_is_appended_is_fetched_as_it_was(connection: asyncpg.Connection) -> None:
@@ -151,6 +153,17 @@ async def test_a_mark_clears_no_retry_that_was_scheduled_meanwhile(connection: a
     assert await due(connection) == [event_id]
 
 
+async def test_a_mark_of_different_attempts_clears_no_retry_either(connection: asyncpg.Connection, database_url: str) -> None:
+    failing, other = await insert_event(connection), await insert_event(connection)
+    await connection.execute("UPDATE outbox SET attempt = 5 WHERE event_id = $1", other)
+    sent = (await outbox.fetch_due(connection, EVERYTHING, 10)).messages
+    assert {message.attempt for message in sent} == {1, 5}
+    async with opened(database_url) as database:
+        assert await retry(database, failing, attempt=1)
+    await outbox.mark_published_if_attempt(connection, sent)
+    assert await due(connection) == [failing]
+
+
 async def test_a_mark_does_not_move_the_time_of_the_first_acknowledgement(connection: asyncpg.Connection) -> None:
     await insert_event(connection)
     sent = (await outbox.fetch_due(connection, EVERYTHING, 10)).messages
@@ -177,8 +190,26 @@ async def test_a_group_of_retries_is_answered_one_by_one(connection: asyncpg.Con
     event_ids = [await insert_event(connection) for _ in range(3)]
     async with opened(database_url) as database:
         assert await retry(database, event_ids[1], 1)
-        group = [Republish(event_id, timedelta(0), failure(1)) for event_id in [*event_ids, uuid4()]]
+        group = [Republish(event_id, 1, timedelta(0), failure(1)) for event_id in [*event_ids, uuid4()]]
         assert await outbox.republish_if_attempt(database, group) == [True, False, True, False]
+
+
+async def test_a_postponement_uses_no_attempt_and_outlasts_a_slower_mark(
+    connection: asyncpg.Connection, database_url: str
+) -> None:
+    event_id = await insert_event(connection)
+    message = await message_of(connection, event_id)
+    async with opened(database_url) as database:
+        assert await outbox.republish_if_attempt(database, [Republish(event_id, 1, timedelta(0), None)]) == [True]
+        # The relay, whose record the worker was faster to put off than it was to mark it.
+        await outbox.mark_published_if_attempt(connection, [message])
+        # The record is delivered once more: what is put off already is not put off again.
+        assert await outbox.republish_if_attempt(database, [Republish(event_id, 1, timedelta(hours=1), None)]) == [False]
+    row = await connection.fetchrow(
+        "SELECT attempt - first_attempt AS failed, failures FROM outbox WHERE event_id = $1", event_id
+    )
+    assert tuple(row) == (0, None)
+    assert await due(connection) == [event_id]
 
 
 async def test_a_late_failure_does_not_dig_up_what_lies_buried(connection: asyncpg.Connection, database_url: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Callable
+from datetime import UTC, datetime
 from decimal import Decimal
 from typing import Any
 from uuid import UUID
@@ -12,10 +13,33 @@ from uuid import UUID
 import asyncpg
 import pytest
 
+from orderflow.commands.checks import backlog
+from orderflow.engine.handling import SettledMeanwhile
 from orderflow.engine.ids import new_id
-from orderflow.payments.gateway import Charge, ChargeFailed, ChargeRequest, ChargeUnknown, Declined, idempotency_key
+from orderflow.payments.gateway import (
+    Charge,
+    ChargeFailed,
+    ChargeRequest,
+    ChargeUnknown,
+    Declined,
+    GatewayUnavailable,
+    idempotency_key,
+)
+from orderflow.payments.handlers import FailOrder
+from orderflow.payments.store import Settlement, settle_if_pending
 from tests.pipeline import FakeGateway, deliver, executing, watching
-from tests.rows import dead_letter, events_of, is_processed, one_database, order_row, place, record_of
+from tests.rows import (
+    dead_letter,
+    events_of,
+    is_processed,
+    message_of,
+    one_database,
+    order_row,
+    place,
+    record_of,
+    violations,
+)
+from tests.waiting import eventually
 
 database_url = one_database
 TRACE = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01"
@@ -49,6 +73,7 @@ async def test_success(connection: asyncpg.Connection, database_url: str) -> Non
     gateway = FakeGateway()
     facts = await deliver(connection, database_url, gateway, event_id)
     assert await order_row(connection, order_id) == ("PAID", 3, None)
+    assert await is_processed(connection, event_id)
     assert [(fact.event, dict(fact.fields)) for fact in facts.seen] == [
         ("EVENT_RECEIVED", {"eventId": event_id, "eventType": "OrderCreated"}),
         ("STATE_CHANGE", {"orderId": order_id, "oldState": "CREATED", "newState": "PAYMENT_PENDING"}),
@@ -65,6 +90,21 @@ async def test_success(connection: asyncpg.Connection, database_url: str) -> Non
     assert headers == {"traceparent": TRACE}
     entered = await connection.fetchval("SELECT entered_at FROM orders WHERE id = $1", order_id)
     assert entered == sorted(entered)
+
+
+async def test_pending_is_committed_before_the_gateway_is_asked(connection: asyncpg.Connection, database_url: str) -> None:
+    ((order_id, event_id),) = await place(connection)
+    gateway = FakeGateway()
+    found: list[tuple[str, int, str | None]] = []
+
+    async def book(request: ChargeRequest) -> Charge:
+        # As another session sees it, and so whoever finds the order after a crash.
+        found.append(await order_row(connection, order_id))
+        return gateway.book(request)
+
+    gateway.on_charge = book
+    await deliver(connection, database_url, gateway, event_id)
+    assert found == [("PAYMENT_PENDING", 2, None)]
 
 
 async def test_declined_at_once_without_a_retry_or_a_dead_letter(connection: asyncpg.Connection, database_url: str) -> None:
@@ -227,11 +267,12 @@ async def test_a_gateway_that_cannot_tell_keeps_the_order_pending(
     facts = await deliver(connection, database_url, gateway, event_id, times=6, timeout=0.05)
     assert await order_row(connection, order_id) == ("PAYMENT_PENDING", 2, None)
     assert facts.of("DLQ_EVENT") == []
-    assert len(facts.of("RETRY_SCHEDULED")) == 6
+    # The first had an answer, if a bad one. No answer is no attempt, however often.
+    assert (len(facts.of("RETRY_SCHEDULED")), len(facts.of("EVENT_POSTPONED"))) == (1, 5)
     assert await dead_letter(connection, event_id) is None
-    # It can tell again: no charge was made, and the attempts are spent.
+    # It can tell again: no charge was made, and two attempts are left.
     gateway.on_find = gateway.charges.get
-    facts = await deliver(connection, database_url, gateway, event_id)
+    facts = await deliver(connection, database_url, gateway, event_id, times=2)
     assert facts.of("DLQ_EVENT", reason="Max retries exceeded (3)")
     assert await order_row(connection, order_id) == ("FAILED", 3, "error")
 
@@ -245,6 +286,68 @@ async def test_a_find_that_is_broken_for_good_is_no_reason_to_give_up_either(
     facts = await deliver(connection, database_url, gateway, event_id, times=5)
     assert facts.of("DLQ_EVENT") == []
     assert await order_row(connection, order_id) == ("PAYMENT_PENDING", 2, None)
+
+
+@pytest.mark.parametrize("charged", [False, True])
+async def test_an_unknown_outcome_outlasts_every_attempt_and_whoever_looks_sees_it(
+    connection: asyncpg.Connection, database_url: str, charged: bool
+) -> None:
+    ((order_id, event_id),) = await place(connection)
+    gateway = FakeGateway()
+
+    def lost(request: ChargeRequest) -> Charge:
+        if charged:
+            gateway.book(request)
+        raise ChargeUnknown("the answer was lost")
+
+    gateway.on_charge, gateway.on_find = lost, raising(ChargeUnknown("no idea"))
+    facts = await deliver(connection, database_url, gateway, event_id, times=10)
+    assert len(facts.of("GATEWAY_UNANSWERED", orderId=order_id)) == 10
+    # As if it had gone on for a day; the last to say so is the relay, which cannot publish it any more.
+    await connection.execute(
+        "UPDATE orders SET created_at = now() - interval '1 d', updated_at = now() - interval '1 d' WHERE id = $1", order_id
+    )
+    with pytest.raises(SettledMeanwhile):
+        await FailOrder().on_buried(connection, await message_of(connection, event_id), "Cannot be published")
+    assert await order_row(connection, order_id) == ("PAYMENT_PENDING", 2, None)
+    assert await dead_letter(connection, event_id) is None
+    assert f"order {order_id}: PAYMENT_PENDING since" in str((await violations(connection))["I6"])
+    seen = [check.seen for check in await backlog.check(connection) if check.level == "problem"]
+    assert any("PAYMENT_PENDING: what became of their charges is not known" in text for text in seen), seen
+    # At last it answers: paid by the charge that was there all the time, or by one of now; by one in either case.
+    gateway.on_charge, gateway.on_find = gateway.book, gateway.charges.get
+    await deliver(connection, database_url, gateway, event_id)
+    assert await order_row(connection, order_id) == ("PAID", 3, None)
+    assert len(gateway.charges) == 1
+
+
+async def test_an_order_that_is_put_off_before_its_charge_waits_as_it_is(
+    connection: asyncpg.Connection, database_url: str
+) -> None:
+    placed = await place(connection, 6)
+    gateway = FakeGateway()
+    gateway.on_charge = gateway.on_find = raising(GatewayUnavailable("connection refused"))
+    with watching() as facts:
+        async with executing(database_url, gateway, failures=3) as executor:
+            first = [await record_of(connection, event_id) for _, event_id in placed]
+            await asyncio.gather(*(executor.execute(record) for record in first[:3]))
+            await facts.until("CIRCUIT_OPENED", circuit="gateway", failures=3)
+            await asyncio.gather(*(executor.execute(record) for record in first[3:]))
+            # Delivered again, the old record and the new one: what is begun is put off as well, and stays what it is.
+            await asyncio.gather(*(executor.execute(record) for record in first[3:]))
+            again = [await record_of(connection, event_id) for _, event_id in placed]
+            await asyncio.gather(*(executor.execute(record) for record in again))
+    assert len(gateway.requests) == 3
+    assert gateway.asked == []
+    assert [(await order_row(connection, order_id))[0] for order_id, _ in placed] == ["PAYMENT_PENDING"] * 3 + ["CREATED"] * 3
+    assert len(facts.of("EVENT_POSTPONED")) == 12
+    assert facts.of("PROCESSING_ERROR") + facts.of("RETRY_SCHEDULED") == []
+    rows = await connection.fetch(
+        "SELECT attempt - first_attempt AS failed, failures, published_at, available_at > now() AS later FROM outbox"
+        " WHERE event_id = ANY($1)",
+        [event_id for _, event_id in placed],
+    )
+    assert {tuple(row) for row in rows} == {(0, None, None, True)}
 
 
 async def test_a_charge_that_ends_after_the_burial_by_another_delivery(
@@ -296,6 +399,58 @@ async def test_a_decline_that_comes_after_the_burial_changes_nothing(connection:
     assert await order_row(connection, order_id) == ("FAILED", 3, "error")
     assert await events_of(connection, order_id) == ["OrderCreated", "OrderFailed"]
     assert not await is_processed(connection, event_id)
+
+
+async def test_a_burial_that_waits_for_a_settlement_is_undone(connection: asyncpg.Connection, database_url: str) -> None:
+    ((order_id, event_id),) = await place(connection)
+    await connection.execute("UPDATE outbox SET attempt = 3 WHERE event_id = $1", event_id)
+    failing = FakeGateway()
+    failing.on_charge = FAILING
+    settling = await asyncpg.connect(database_url, timeout=10)
+    settlement = Settlement(event_id, order_id, 2, True, "{}", None, datetime.now(UTC))
+    async with executing(database_url, failing) as executor:
+        # The order is pending, and this delivery knows it.
+        await connection.execute(
+            "UPDATE orders SET state = 'PAYMENT_PENDING', version = 2, entered_at = entered_at || now() WHERE id = $1", order_id
+        )
+        async with settling.transaction():
+            assert await settle_if_pending(settling, [settlement], "other") == [True]
+            burying = asyncio.create_task(executor.execute(await record_of(connection, event_id)))
+            # It has found nothing processed, and now wants to fail the order.
+            await eventually(lambda: waits_for_a_lock(connection), 30, what="the burial waits for the order")
+        await asyncio.wait_for(burying, 30)
+    await settling.close()
+    assert await order_row(connection, order_id) == ("PAID", 3, None)
+    assert await dead_letter(connection, event_id) is None
+    assert await is_processed(connection, event_id)
+    assert not await connection.fetchval("SELECT available_at = 'infinity' FROM outbox WHERE event_id = $1", event_id)
+
+
+async def waits_for_a_lock(connection: asyncpg.Connection) -> bool:
+    return await connection.fetchval(
+        "SELECT EXISTS (SELECT FROM pg_stat_activity WHERE datname = current_database() AND wait_event_type = 'Lock')"
+    )
+
+
+async def test_a_failure_that_cannot_be_written_leaves_no_dead_letter(
+    connection: asyncpg.Connection, database_url: str
+) -> None:
+    ((order_id, event_id),) = await place(connection)
+    gateway = FakeGateway()
+    gateway.on_charge = FAILING
+    await deliver(connection, database_url, gateway, event_id, times=2)
+    # Whatever keeps OrderFailed from being written: a constraint of somebody's own, a bug, the end of the process.
+    await connection.execute("ALTER TABLE outbox ADD CONSTRAINT nothing_new CHECK (event_type <> 'OrderFailed') NOT VALID")
+    try:
+        with pytest.raises(asyncpg.CheckViolationError, match="nothing_new"):
+            await deliver(connection, database_url, gateway, event_id)
+    finally:
+        await connection.execute("ALTER TABLE outbox DROP CONSTRAINT nothing_new")
+    assert await order_row(connection, order_id) == ("PAYMENT_PENDING", 2, None)
+    assert await dead_letter(connection, event_id) is None
+    await deliver(connection, database_url, gateway, event_id)
+    assert await order_row(connection, order_id) == ("FAILED", 3, "error")
+    assert await dead_letter(connection, event_id) is not None
 
 
 async def test_a_settlement_and_a_burial_at_the_same_moment(connection: asyncpg.Connection, database_url: str) -> None:

@@ -12,6 +12,7 @@ from uuid import uuid4
 import asyncpg
 import pytest
 
+from orderflow import retention
 from orderflow.engine import janitor, outbox, processed
 from orderflow.engine.ids import new_id
 from orderflow.engine.outbox import SHARDS
@@ -51,17 +52,22 @@ class Statement:
 STATEMENTS = {
     "place": Statement(orders._PLACE, "uuid[], uuid[], numeric[], uuid[], jsonb[]"),
     "place with keys": Statement(orders._PLACE_CAREFULLY, "uuid[], uuid[], numeric[], uuid[], jsonb[], text[], bytea[]"),
+    "earlier": Statement(orders._EARLIER, "text[]"),
+    "oldest created": Statement(orders._OLDEST_CREATED, "timestamptz, interval, integer"),
     "fetch due": Statement(outbox._FETCH_DUE, "integer[], bigint[], integer, integer"),
     "next due": Statement(outbox._NEXT_DUE, "integer[]"),
     "mark published": Statement(outbox._MARK_PUBLISHED, "uuid[], integer"),
-    "republish": Statement(outbox._REPUBLISH_IF_ATTEMPT, "uuid[], integer[], interval[], jsonb[]"),
+    "mark published, each": Statement(outbox._MARK_PUBLISHED_EACH, "uuid[], integer[]"),
+    "republish": Statement(outbox._REPUBLISH_IF_ATTEMPT, "uuid[], integer[], interval[], jsonb[], boolean[]"),
     "begin": Statement(store._BEGIN_IF_FRESH, "uuid[], uuid[], integer[]"),
+    "resume": Statement(store._RESUME, "uuid[]"),
     "look up": Statement(processed._LOOK_UP, "uuid[]"),
     "charge": Statement(simulated._CHARGE, "uuid[], text[], uuid[], numeric[], boolean[]"),
     "settle": Statement(store._SETTLE, "uuid[], uuid[], integer[], boolean[], uuid[], jsonb[], jsonb[], text"),
     "record": Statement(processed.record_statement(SUBJECTS), "uuid[], text[], uuid[], text"),
     "judge": Statement(janitor._EXAMINE, "smallint[], bigint[], integer, interval"),
     "watch": Statement(janitor._STILL_UNSETTLED, "uuid[]"),
+    "old page": Statement(retention._PAGE, "smallint[], bigint[], integer, interval"),
 }
 
 
@@ -118,17 +124,22 @@ async def cost(session: asyncpg.Connection) -> dict[str, int]:
     found = {
         "place": (new, new, amounts, new, None),
         "place with keys": (new, new, amounts, new, None, keys, [b"h"] * GROUP),
+        "earlier": (keys,),
+        "oldest created": (None, timedelta(minutes=10), 200),
         "fetch due": (SHARD_LIST, [after] * SHARDS, 32, 1000),
         "next due": (SHARD_LIST,),
         "mark published": (events, 1),
-        "republish": (events, ones, [timedelta(seconds=1)] * GROUP, ["{}"] * GROUP),
+        "mark published, each": (events, ones),
+        "republish": (events, ones, [timedelta(seconds=1)] * GROUP, ["{}"] * GROUP, [False] * GROUP),
         "begin": (events, ids, ones),
+        "resume": (events,),
         "look up": (events,),
         "charge": (new, keys, ids, amounts, [True] * GROUP),
         "settle": (events, ids, ones, [True] * GROUP, new, ["{}"] * GROUP, None, "w"),
         "record": (events, ["OrderCreated"] * GROUP, ids, "w"),
         "judge": (SHARD_LIST, [after] * SHARDS, 640, timedelta(0)),
         "watch": (events,),
+        "old page": (SHARD_LIST, [after] * SHARDS, 16, timedelta(0)),
     }
     plans = {name: await explained(session, name, *arguments) for name, arguments in found.items()}
     for name, plan in plans.items():

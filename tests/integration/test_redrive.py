@@ -11,8 +11,9 @@ import pytest
 from orderflow.app import kafka_of, relay_of, worker_of
 from orderflow.engine import dead_letters, outbox
 from orderflow.engine.dead_letters import NotRedrivable
+from orderflow.engine.handoff import Handoff
 from orderflow.health import Health
-from orderflow.payments.gateway import ChargeFailed, Declined
+from orderflow.payments.gateway import Charge, ChargeFailed, Declined
 from orderflow.payments.redrive import RedriveResult, redrive
 from tests.pipeline import FakeGateway, executing, running, settings_for, watching
 from tests.rows import (
@@ -93,6 +94,28 @@ async def test_a_redriven_order_may_be_declined_and_that_is_final(connection: as
         await redrive(connection, event_id)
 
 
+async def test_a_decline_of_before_the_redrive_decides_nothing(connection: asyncpg.Connection, database_url: str) -> None:
+    ((order_id, event_id),) = await place(connection)
+    slow, charging = FakeGateway(), asyncio.Event()
+    answer: asyncio.Future[Charge] = asyncio.get_running_loop().create_future()
+
+    def charge(_: object) -> asyncio.Future[Charge]:
+        charging.set()
+        return answer
+
+    slow.on_charge = charge
+    async with executing(database_url, slow) as executor:
+        zombie = asyncio.create_task(executor.execute(await record_of(connection, event_id)))
+        await asyncio.wait_for(charging.wait(), 30)
+        await fail_three_times(connection, database_url, event_id)
+        await redrive(connection, event_id)
+        answer.set_exception(Declined("no"))
+        await asyncio.wait_for(zombie, 30)
+    # Pending again, at another version than the one on which that charge was begun: the redrive's own attempt will ask.
+    assert await order_row(connection, order_id) == ("PAYMENT_PENDING", 4, None)
+    assert not await is_processed(connection, event_id)
+
+
 async def test_a_declined_order_is_never_taken_back(connection: asyncpg.Connection, database_url: str) -> None:
     ((order_id, event_id),) = await place(connection)
     async with executing(database_url, failing(Declined("no"))) as executor:
@@ -152,7 +175,7 @@ async def test_redrive_and_replay_through_relay_and_kafka(
     connection: asyncpg.Connection, database_url: str, kafka: Broker, topic: str
 ) -> None:
     settings = settings_for(database_url, kafka, topic)
-    relay = relay_of(settings, kafka_of(settings), asyncio.Event(), Health())
+    relay = relay_of(settings, kafka_of(settings), Handoff(), Health())
     worker = worker_of(settings, kafka_of(settings), Health())
     await set_mode(connection, "error")
     with watching() as facts:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import json
+import struct
 from collections import defaultdict
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager
 from datetime import datetime
 from typing import Any
 from uuid import UUID, uuid4
@@ -14,8 +15,10 @@ from uuid import UUID, uuid4
 import asyncpg
 import pytest
 from aiokafka.admin import AIOKafkaAdminClient, NewTopic
+from aiokafka.client import AIOKafkaClient
 
 from orderflow.embedded.kafka import ApacheKafka
+from orderflow.engine.handoff import Handoff
 from orderflow.engine.outbox import SHARDS
 from orderflow.engine.patience import DependencyUnavailable
 from orderflow.engine.relay import Relay
@@ -33,9 +36,11 @@ OUR_SESSIONS = (
 )
 
 
-def relay_on(url: str, broker: Broker, topic: str, *, timeout: float = 10.0, **options: Any) -> Relay:
+def relay_on(
+    url: str, broker: Broker, topic: str, *, timeout: float = 10.0, handoff: Handoff | None = None, **options: Any
+) -> Relay:
     options = {"burials": {"OrderCreated": FailOrder()}, "poll": 0.2, **options}
-    return Relay(opening(url), url, kafka_for(broker, topic, timeout=timeout), asyncio.Event(), **options)
+    return Relay(opening(url), url, kafka_for(broker, topic, timeout=timeout), handoff or Handoff(), **options)
 
 
 class Restarted:
@@ -45,11 +50,14 @@ class Restarted:
 
     def __init__(self, relay: Relay) -> None:
         self._relay = relay
+        self.failures = 0
 
     async def run(self, stopping: asyncio.Event) -> None:
         while not stopping.is_set():
-            with suppress(DependencyUnavailable):
+            try:
                 await self._relay.run(stopping)
+            except DependencyUnavailable:
+                self.failures += 1
 
 
 @asynccontextmanager
@@ -101,18 +109,27 @@ async def test_a_row_of_plain_sql_becomes_the_contract_s_record(
 async def test_a_notification_is_enough_and_no_poll_is_needed(
     connection: asyncpg.Connection, database_url: str, kafka: Broker, topic: str
 ) -> None:
-    async with relaying(database_url, kafka, topic, poll=NEVER) as facts:
+    handoff = Handoff()
+    async with relaying(database_url, kafka, topic, handoff=handoff, poll=NEVER) as facts:
         for number in range(1, 6):
+            await asleep(handoff)
             await insert_event(connection)
             await facts.until("EVENT_PUBLISHED", count=number)
+
+
+async def asleep(handoff: Handoff) -> None:
+    """Until the relay waits: what is written before that is found by the look that precedes it."""
+    await eventually(lambda: handoff.is_wanted and not handoff.woken.is_set(), 30, what="the relay waits")
 
 
 async def test_a_lost_notification_is_found_by_the_poll(
     connection: asyncpg.Connection, database_url: str, kafka: Broker, topic: str
 ) -> None:
-    async with relaying(database_url, kafka, topic) as facts:
+    handoff = Handoff()
+    async with relaying(database_url, kafka, topic, handoff=handoff) as facts:
         await connection.execute("ALTER TABLE outbox DISABLE TRIGGER outbox_wake")
         for number in range(1, 4):
+            await asleep(handoff)
             await insert_event(connection)
             await facts.until("EVENT_PUBLISHED", count=number)
 
@@ -201,8 +218,9 @@ async def test_nothing_is_marked_before_kafka_has_it_and_nothing_is_lost_when_it
 ) -> None:
     broker, aggregate = restartable_kafka, uuid4()
     written = [await insert_event(connection, aggregate)]
+    relay = Restarted(relay_on(database_url, broker, "events", timeout=3.0))
     with watching() as facts:
-        async with running(Restarted(relay_on(database_url, broker, "events", timeout=3.0))):
+        async with running(relay):
             await facts.until("EVENT_PUBLISHED", eventId=written[0])
             await all_published(connection)
             await broker.pause()
@@ -215,6 +233,7 @@ async def test_nothing_is_marked_before_kafka_has_it_and_nothing_is_lost_when_it
             await broker.kill()
             written += [await insert_event(connection, aggregate) for _ in range(3)]
             await facts.until("PUBLISH_INTERRUPTED")
+            await eventually(lambda: relay.failures, 30, what="the round is over, marks and all")
             assert await unpublished(connection) == 3
             await broker.start()
             await all_published(connection)
@@ -230,6 +249,53 @@ async def sending(connection: asyncpg.Connection) -> bool:
         " AND state = 'idle' AND query LIKE '%CROSS JOIN LATERAL%')"
     )
 
+
+async def topic_with(broker: Broker, name: str, **configs: str) -> None:
+    """A topic of one partition with settings of its own."""
+    admin = AIOKafkaAdminClient(bootstrap_servers=broker.bootstrap)
+    await admin.start()
+    try:
+        configured = {key.replace("_", "."): value for key, value in configs.items()}
+        await admin.create_topics([NewTopic(name, 1, 1, topic_configs=configured)])
+    finally:
+        await admin.close()
+
+
+async def test_every_replica_in_sync_has_to_acknowledge(
+    connection: asyncpg.Connection, database_url: str, kafka: Broker, topic: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # What one broker does cannot show it; what is asked of it can.
+    asked: list[int] = []
+    send = AIOKafkaClient.send
+
+    async def noted(client: AIOKafkaClient, node_id: int, request: Any, **options: Any) -> Any:
+        if hasattr(request, "required_acks"):
+            asked.append(request.required_acks)
+        return await send(client, node_id, request, **options)
+
+    monkeypatch.setattr(AIOKafkaClient, "send", noted)
+    async with relaying(database_url, kafka, topic) as facts:
+        await insert_event(connection)
+        await facts.until("EVENT_PUBLISHED")
+    assert set(asked) == {-1}
+
+
+async def test_every_batch_carries_its_producer_s_id(
+    connection: asyncpg.Connection, database_url: str, kafka: Broker, topic: str
+) -> None:
+    # By which the broker tells a batch that is sent again, as after a lost acknowledgement, from a new one.
+    if not isinstance(kafka, ApacheKafka):
+        pytest.skip("the mock broker keeps its records to itself")
+    async with relaying(database_url, kafka, topic) as facts:
+        await insert_event(connection)
+        await facts.until("EVENT_PUBLISHED")
+    (written,) = filter(None, (segment.read_bytes() for segment in kafka.data_dir.glob(f"data/{topic}-*/*.log")))
+    (producer_id,) = struct.unpack_from(">q", written, PRODUCER_ID_AT)
+    assert producer_id >= 0
+
+
+# Bytes into a record batch, of which a segment begins with the first: docs of Kafka, "Record Batch".
+PRODUCER_ID_AT = 43
 
 BIG = json.dumps({"note": "x" * 1_500_000})
 
@@ -293,12 +359,7 @@ async def test_a_limit_of_the_broker_s_own_finds_the_guilty_row_only(
     if not isinstance(kafka, ApacheKafka):
         pytest.skip("the mock broker has no limit of its own")
     small = f"small-{topic}"
-    admin = AIOKafkaAdminClient(bootstrap_servers=kafka.bootstrap)
-    await admin.start()
-    try:
-        await admin.create_topics([NewTopic(small, 1, 1, topic_configs={"max.message.bytes": "20000"})])
-    finally:
-        await admin.close()
+    await topic_with(kafka, small, max_message_bytes="20000")
     innocent = [await insert_event(connection) for _ in range(5)]
     guilty = await insert_event(connection, payload=json.dumps({"note": "x" * 50_000}))
     innocent += [await insert_event(connection) for _ in range(5)]

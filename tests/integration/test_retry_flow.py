@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import asyncpg
 
 from orderflow.app import kafka_of, relay_of, worker_of
+from orderflow.engine.handoff import Handoff
 from orderflow.engine.relay import Relay
 from orderflow.engine.worker import Worker
 from orderflow.health import Health
@@ -26,7 +26,7 @@ def parts(url: str, broker: Broker, topic: str, **changes: Any) -> tuple[Relay, 
     """The publisher and the worker as the program makes them."""
     settings = settings_for(url, broker, topic, **changes)
     health = Health()
-    return relay_of(settings, kafka_of(settings), asyncio.Event(), health), worker_of(settings, kafka_of(settings), health)
+    return relay_of(settings, kafka_of(settings), Handoff(), health), worker_of(settings, kafka_of(settings), health)
 
 
 @asynccontextmanager

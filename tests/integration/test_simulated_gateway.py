@@ -15,7 +15,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from orderflow.engine.ids import new_id
-from orderflow.payments.gateway import ChargeFailed, ChargeRequest, ChargeUnknown, Declined, idempotency_key
+from orderflow.payments.gateway import (
+    ChargeFailed,
+    ChargeRequest,
+    ChargeUnknown,
+    Declined,
+    GatewayUnavailable,
+    idempotency_key,
+)
 from orderflow.payments.simulated import Mode, SimulatedGateway
 from tests.pipeline import deliver, opened
 from tests.rows import charges_of, one_database, order_row, place, set_mode
@@ -40,7 +47,7 @@ def request_for(order_id: UUID, amount: str = "10.50") -> ChargeRequest:
 async def attempt(gateway: SimulatedGateway, order_id: UUID) -> str:
     try:
         await gateway.charge(request_for(order_id))
-    except (Declined, ChargeFailed, ChargeUnknown) as error:
+    except (Declined, ChargeFailed, ChargeUnknown, GatewayUnavailable) as error:
         return type(error).__name__
     return "settled"
 
@@ -72,6 +79,7 @@ async def test_modes_switch_at_run_time(connection: asyncpg.Connection, database
             ("decline", "Declined", ["declined"]),
             ("error", "ChargeFailed", []),
             ("timeout", "ChargeUnknown", ["settled"]),
+            ("unavailable", "GatewayUnavailable", []),
             ("random", "settled", ["settled"]),
         ]:
             await set_mode(connection, mode)
@@ -87,7 +95,7 @@ async def test_modes_switch_at_run_time(connection: asyncpg.Connection, database
 
 
 def test_every_mode_has_a_test_above() -> None:
-    assert set(Mode) == {"succeed", "decline", "error", "timeout", "random", "hang"}
+    assert set(Mode) == {"succeed", "decline", "error", "timeout", "random", "hang", "unavailable"}
 
 
 async def test_the_ledger_and_the_key_survive_a_restart(connection: asyncpg.Connection, database_url: str) -> None:
@@ -137,6 +145,7 @@ async def test_the_same_key_at_the_same_moment_charges_once(connection: asyncpg.
         ("timeout", ("PAID", 3, None), ["settled"]),
         ("error", ("PAYMENT_PENDING", 2, None), []),
         ("hang", ("PAYMENT_PENDING", 2, None), []),
+        ("unavailable", ("PAYMENT_PENDING", 2, None), []),
     ],
 )
 async def test_an_order_in_each_mode(
@@ -149,7 +158,22 @@ async def test_an_order_in_each_mode(
     await set_mode(connection, "random")
     assert await order_row(connection, order_id) == row
     assert await charges_of(connection, order_id) == charges
-    assert len(facts.of("RETRY_SCHEDULED")) == (row[0] == "PAYMENT_PENDING")
+    assert len(facts.of("RETRY_SCHEDULED")) == (mode in ("error", "hang"))
+    assert len(facts.of("EVENT_POSTPONED")) == (mode == "unavailable")
+
+
+async def test_unavailable_tells_nothing_of_a_charge_that_exists(connection: asyncpg.Connection, database_url: str) -> None:
+    order_id = new_id()
+    async with simulated(database_url) as gateway:
+        await set_mode(connection, "succeed")
+        charge = await gateway.charge(request_for(order_id))
+        await set_mode(connection, "unavailable")
+        with pytest.raises(GatewayUnavailable):
+            await gateway.charge(request_for(order_id))
+        with pytest.raises(GatewayUnavailable):
+            await gateway.find(order_id)
+        await set_mode(connection, "random")
+        assert await gateway.find(order_id) == charge
 
 
 async def test_a_lost_answer_that_would_have_been_a_decline(connection: asyncpg.Connection, database_url: str) -> None:

@@ -17,6 +17,7 @@ import pytest_asyncio
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from orderflow.engine.handoff import Handoff
 from orderflow.engine.ids import new_id
 from orderflow.engine.postgres import Database
 from orderflow.orders import store
@@ -178,6 +179,14 @@ async def test_an_order_and_its_event_are_written_together(database: Database, c
     )
 
 
+async def test_an_order_whose_event_cannot_be_written_is_not_placed(database: Database, connection: asyncpg.Connection) -> None:
+    await connection.execute("ALTER TABLE outbox ADD CONSTRAINT nothing_new CHECK (false)")
+    for order in (new_order(), new_order(key="k")):
+        with pytest.raises(asyncpg.CheckViolationError, match="nothing_new"):
+            await store.place(database, [order])
+    assert await counts(connection) == (0, 0, 0)
+
+
 async def test_placing_the_same_rows_again_changes_nothing(database: Database, connection: asyncpg.Connection) -> None:
     orders = [new_order(), new_order(key="k"), new_order()]
     first = await store.place(database, orders)
@@ -220,15 +229,15 @@ async def test_a_key_is_forgotten_after_a_day(database: Database, connection: as
 
 
 async def test_a_bad_row_is_seen_by_its_own_caller_only(database: Database, connection: asyncpg.Connection) -> None:
-    wakes: list[None] = []
-    service = OrderService(database, batch_size=50, batches_in_flight=1, wake=lambda: wakes.append(None))
+    handoff = Handoff()
+    service = OrderService(database, batch_size=50, batches_in_flight=1, handoff=handoff)
     amounts = [TEN] * 12 + [Decimal("0.00")] + [TEN] * 7 + [Decimal("-1.00")] + [TEN] * 9
     results = await asyncio.gather(*(service.place(USER, amount) for amount in amounts), return_exceptions=True)
     bad = [index for index, result in enumerate(results) if isinstance(result, BaseException)]
     assert bad == [12, 20]
     assert all(isinstance(results[index], asyncpg.CheckViolationError) for index in bad)
     assert await counts(connection) == (28, 28, 0)
-    assert wakes
+    assert handoff.woken.is_set()
     await service.close()
 
 

@@ -9,6 +9,7 @@ from contextlib import asynccontextmanager
 import asyncpg
 
 from orderflow.embedded.postgres import EmbeddedPostgres
+from orderflow.engine import seams
 from orderflow.engine.wake import Wake
 from tests.pipeline import watching
 from tests.rows import insert_event
@@ -18,9 +19,9 @@ PID = "SELECT pid FROM pg_stat_activity WHERE application_name = 'orderflow wake
 
 
 @asynccontextmanager
-async def listening(url: str, heartbeat: float = 2.0) -> AsyncIterator[tuple[Wake, asyncio.Event]]:
+async def listening(url: str, heartbeat: float = 2.0, **pauses: float) -> AsyncIterator[tuple[Wake, asyncio.Event]]:
     event = asyncio.Event()
-    wake = Wake(url, event, heartbeat=heartbeat)
+    wake = Wake(url, event, heartbeat=heartbeat, **pauses)
     task = asyncio.create_task(wake.run())
     try:
         await asyncio.wait_for(wake.listening.wait(), LIMIT)
@@ -94,6 +95,17 @@ async def test_the_server_is_frozen_and_the_heartbeat_finds_out(restartable_post
                 await restartable_postgres.resume()
             await asyncio.wait_for(wake.listening.wait(), LIMIT)
             await woken(event)
+
+
+async def test_lost_again_and_again_it_comes_back_as_fast_as_after_the_first_time(database_url: str) -> None:
+    # A pause that grew with every loss would be minutes long in the end: who listened again begins with the first.
+    disarm = seams.arm("wake._probe.before=raise")
+    try:
+        with watching() as facts:
+            async with listening(database_url, heartbeat=0.1, pause=0.02, longest_pause=36_000.0):
+                await facts.until("WAKE_LOST", count=14)
+    finally:
+        disarm()
 
 
 async def test_the_server_is_restarted(restartable_postgres: EmbeddedPostgres) -> None:

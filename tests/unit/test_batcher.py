@@ -131,7 +131,7 @@ async def test_a_full_queue_refuses_and_keeps_what_it_has() -> None:
     tasks += [asyncio.create_task(batcher.submit(item)) for item in (1, 2, 3)]
     await turns()
     with pytest.raises(Overloaded):
-        await batcher.submit(4)
+        await asyncio.wait_for(batcher.submit(4), LIMIT)
     gate.set()
     assert await outcomes(tasks) == [0, 2, 4, 6]
     assert statement.settled == Counter([0, 1, 2, 3])
@@ -274,3 +274,61 @@ async def test_a_full_queue_turns_away_who_hands_in() -> None:
     with pytest.raises(Overloaded):
         batcher.hand_in(2, lambda _: None, lambda _: None)
     await batcher.close()
+
+
+async def test_what_lingers_waits_for_company_and_only_so_long() -> None:
+    statement = Statement()
+    batcher = Batcher[int, int](statement, linger=0.05)
+    first = asyncio.create_task(batcher.submit(1))
+    await turns()
+    assert statement.groups == []
+    second = asyncio.create_task(batcher.submit(2))
+    assert await outcomes([first, second]) == [2, 4]
+    assert statement.groups == [[1, 2]]
+    assert await asyncio.wait_for(batcher.submit(3), LIMIT) == 6
+    await batcher.close()
+    assert batcher.idle
+
+
+async def test_what_came_during_a_flush_lingers_as_well() -> None:
+    gate = asyncio.Event()
+    statement = Statement(gate=gate)
+    batcher = Batcher[int, int](statement, linger=0.05, in_flight=1)
+    first = asyncio.create_task(batcher.submit(1))
+    async with asyncio.timeout(LIMIT):
+        while not statement.running:
+            await asyncio.sleep(0)
+    second = asyncio.create_task(batcher.submit(2))
+    await turns()
+    gate.set()
+    assert await first == 2
+    third = asyncio.create_task(batcher.submit(3))
+    assert await outcomes([second, third]) == [4, 6]
+    assert statement.groups == [[1], [2, 3]]
+
+
+async def test_a_full_group_does_not_linger_behind_a_flush() -> None:
+    gate = asyncio.Event()
+    statement = Statement(gate=gate)
+    batcher = Batcher[int, int](statement, size=2, linger=0.01, in_flight=1)
+    tasks = [asyncio.create_task(batcher.submit(1))]
+    async with asyncio.timeout(LIMIT):
+        while not statement.running:
+            await asyncio.sleep(0)
+        batcher._linger = 3600.0
+        tasks += [asyncio.create_task(batcher.submit(number)) for number in (2, 3)]
+        await turns()
+        gate.set()
+    assert await outcomes(tasks) == [2, 4, 6]
+    assert statement.groups == [[1], [2, 3]]
+
+
+async def test_a_batcher_that_is_closed_while_an_item_lingers_flushes_nothing_afterwards() -> None:
+    statement = Statement()
+    batcher = Batcher[int, int](statement, linger=0.01)
+    task = asyncio.create_task(batcher.submit(1))
+    await turns()
+    await batcher.close()
+    await asyncio.sleep(0.03)
+    assert task.cancelled()
+    assert statement.groups == []

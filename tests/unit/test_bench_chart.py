@@ -27,7 +27,7 @@ def run(*paid: int) -> Any:
 
 
 def paced(rate: float, p50: float) -> Paced:
-    return Paced(rate, {"201": 1}, 0, {}, {"p50": p50, "p99": p50 * 3}, 0, 1)
+    return Paced(rate, 0.0, {"201": 1}, 0, {}, {"p50": p50, "p99": p50 * 3}, 0, 1)
 
 
 def test_everything_measured_is_drawn_with_labels_and_units() -> None:

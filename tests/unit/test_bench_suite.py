@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from dataclasses import replace
 from itertools import pairwise
@@ -119,3 +120,23 @@ async def test_what_fails_ends_only_what_needs_it(monkeypatch: pytest.MonkeyPatc
     results = await Suite(cast(Any, None), tmp_path, ["T4", "T7"], replace(QUICK, rounds=2)).run()
     assert results.problems == ["B, round 1 of 2: pgbench gave no figure"]
     assert ran == [(1, "B"), (1, "D"), (1, "T7"), *((2, name) for name in ("B", "D", "T2", "T1", "T4", "T7"))]
+
+
+async def test_an_interruption_leaves_what_was_measured_by_then(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    began = asyncio.Event()
+
+    async def measured(bench: Bench) -> None:
+        bench.take("B", 100.0)
+
+    async def endless(bench: Bench) -> None:
+        began.set()
+        await asyncio.Event().wait()
+
+    monkeypatch.setattr(suite, "STEPS", {**STEPS, "B": measured, "D": endless})
+    running = asyncio.create_task(Suite(cast(Any, None), tmp_path, ["B", "D"], QUICK).run())
+    await began.wait()
+    running.cancel()
+    results = await running
+    assert not running.cancelling()
+    assert [figure.name for figure in results.measured] == ["B"]
+    assert results.problems == ["D, round 1 of 1: interrupted; the figures are what was measured by then"]

@@ -7,7 +7,9 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
+from itertools import product
 from pathlib import Path
 
 import click
@@ -21,6 +23,7 @@ from orderflow.commands.parameters import identifier, moment_or_ago
 from orderflow.commands.run import refuse_shared_port
 from orderflow.engine.patience import DependencyUnavailable, Misconfigured
 from orderflow.settings import ROLES, Role, Settings, SettingsError
+from tests.forked import forked
 
 ROOT = Path(__file__).parents[2]
 NOBODY = "postgresql://app_user:hunter2@127.0.0.1:1/app_db"
@@ -146,20 +149,19 @@ SHARED_PORT = {
 SHARING = {"all roles": [], "two roles": ["--role", "api", "--role", "worker"], "processes": ["--api", "1", "--worker", "2"]}
 
 
-@pytest.mark.parametrize("roles", SHARING)
-@pytest.mark.parametrize("given", SHARED_PORT)
-def test_one_port_for_two_is_refused_in_one_line_that_names_both_settings(given: str, roles: str) -> None:
-    flags, environment = SHARED_PORT[given]
-    others = {name: value for name, value in os.environ.items() if name.upper() not in ("HTTP_PORT", "ORDERFLOW_METRICS_PORT")}
-    result = subprocess.run(
-        [sys.executable, "-m", "orderflow", "run", *SHARING[roles], *flags, "--database-url", NOBODY],
-        cwd=ROOT, env=others | environment, capture_output=True, text=True, timeout=30, check=False,
-    )  # fmt: skip
-    assert (result.returncode, result.stdout) == (2, "")
-    assert result.stderr.startswith("orderflow: ")
-    assert result.stderr.count("\n") == 1
-    for named in ("HTTP_PORT", "ORDERFLOW_METRICS_PORT", "3123"):
-        assert named in result.stderr
+async def test_one_port_for_two_is_refused_in_one_line_that_names_both_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [name for name in os.environ if name.upper() in ("HTTP_PORT", "ORDERFLOW_METRICS_PORT")]:
+        monkeypatch.delenv(name)
+    cases = list(product(SHARED_PORT.values(), SHARING.values()))
+    ended = await forked(
+        [(["run", *roles, *flags, "--database-url", NOBODY], environment) for (flags, environment), roles in cases]
+    )
+    for case, (code, said, errors) in zip(cases, ended, strict=True):
+        assert (code, said) == (2, ""), case
+        assert errors.startswith("orderflow: "), case
+        assert errors.count("\n") == 1, case
+        for named in ("HTTP_PORT", "ORDERFLOW_METRICS_PORT", "3123"):
+            assert named in errors, case
 
 
 @pytest.mark.parametrize(
@@ -259,6 +261,24 @@ def test_ctrl_c_ends_quietly() -> None:
     result = python(code)
     assert (result.returncode, result.stdout, result.stderr.strip()) == (130, "", "")
     assert signal.SIGINT == 2
+
+
+@pytest.mark.parametrize("arguments", [(), ("--debug",)])
+@pytest.mark.parametrize("quoted", [NOBODY, "no pg_hba.conf entry for password hunter2"])
+def test_an_error_that_nobody_foresaw_is_told_without_the_password(
+    monkeypatch: pytest.MonkeyPatch, arguments: Sequence[str], quoted: str
+) -> None:
+    @click.command()
+    def failing() -> None:
+        raise RuntimeError(f"cannot use {quoted}")
+
+    monkeypatch.setenv("DATABASE_URL", NOBODY)
+    monkeypatch.setattr(cli, "get_command", lambda *_: failing)
+    result = run("audit", *arguments)
+    assert result.exit_code == 1
+    assert "RuntimeError: cannot use" in result.stderr
+    assert ("Traceback" in result.stderr) == bool(arguments)
+    assert "hunter2" not in result.stderr
 
 
 def test_a_terminal_without_the_letters_does_not_end_a_listing() -> None:

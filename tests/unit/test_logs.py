@@ -25,8 +25,8 @@ from orderflow.console_log import ConsoleFormat
 from orderflow.engine import telemetry
 from orderflow.engine.telemetry import PROCESS, WORKER, emit
 from orderflow.log_writer import LineWriter
-from orderflow.logs import JsonFormat, LibraryWarnings, LogWriter, masks_for
-from orderflow.settings import Settings
+from orderflow.logs import JsonFormat, LibraryWarnings, LogWriter
+from orderflow.settings import Settings, masks_for
 from tests.programs import FACTS, ROOT, Program
 
 LIMIT = 10.0
@@ -73,14 +73,14 @@ def line_writer(descriptor: int, **options: Any) -> LineWriter:
 
 
 def as_json(fields: dict[str, Any]) -> dict[str, Any]:
-    line = JsonFormat()("payment-worker", "SOMETHING", fields)
+    [line] = JsonFormat()("payment-worker", "SOMETHING", [fields])
     assert line.endswith(b"\n")
     assert line.count(b"\n") == 1
     return json.loads(line)  # type: ignore[no-any-return]
 
 
 def on_console(color: bool = False, **fields: Any) -> str:
-    line = ConsoleFormat(color)("payment-worker", "STATE_CHANGE", fields).decode()
+    line = ConsoleFormat(color)("payment-worker", "STATE_CHANGE", [fields])[0].decode()
     assert line.endswith("\n")
     assert line.count("\n") == 1
     return line
@@ -140,7 +140,8 @@ def test_no_field_can_break_a_line(fields: dict[str, Any]) -> None:
 
 @given(st.dictionaries(st.text(), anything, max_size=4))
 def test_no_field_can_command_a_terminal(fields: dict[str, Any]) -> None:
-    shown = ConsoleFormat(False)("payment-worker", "TYPE", fields).decode("utf-8", "surrogateescape")
+    [line] = ConsoleFormat(False)("payment-worker", "TYPE", [fields])
+    shown = line.decode("utf-8", "surrogateescape")
     assert shown[:-1].isprintable()
 
 

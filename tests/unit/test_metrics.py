@@ -15,8 +15,9 @@ from prometheus_client import CollectorRegistry, Histogram
 
 from orderflow.engine import telemetry
 from orderflow.engine.telemetry import PROCESS, PUBLISHER, WORKER, emit, observe
-from orderflow.metrics import BUCKETS, MOST_LABELS, STAGES, Metrics, Totals, metrics_line
+from orderflow.metrics import BUCKETS, MOST_LABELS, STAGES, Metrics
 from orderflow.settings import load
+from orderflow.totals import Totals, metrics_line
 from tests.programs import Program, holds
 
 LIMIT = 10.0
@@ -47,13 +48,34 @@ def value(metrics: Metrics, name: str, **labels: str) -> float | None:
         ("PAYMENT_GIVEN_UP", {}, "orderflow_payments_total", {"status": "GIVEN_UP"}),
         ("RETRY_SCHEDULED", {}, "orderflow_retries_total", {}),
         ("DLQ_EVENT", {}, "orderflow_dead_letters_total", {}),
+        ("EVENT_POSTPONED", {}, "orderflow_postponed_total", {}),
+        ("GATEWAY_UNANSWERED", {}, "orderflow_gateway_unanswered_total", {}),
         ("ROLE_CRASHED", {"role": "worker"}, "orderflow_role_crashes_total", {"role": "worker"}),
+        ("STALLED", {"role": "worker"}, "orderflow_stalls_total", {"role": "worker"}),
     ],
 )
 def test_a_fact_is_counted(metrics: Metrics, event: str, fields: dict[str, Any], name: str, labels: dict[str, str]) -> None:
     for _ in range(3):
         emit(WORKER, event, **fields)
     assert value(metrics, name, **labels) == 3
+
+
+def test_the_last_audit_is_shown_and_in_the_metrics_line_where_there_was_one(metrics: Metrics) -> None:
+    totals = Totals()
+    assert "auditViolations" not in totals.fields()
+    with telemetry.subscribed(totals.take):
+        for violations in ({"I1": 2, "I3": 1}, {"I1": 0, "I3": 1}):
+            emit(PROCESS, "AUDITED", orders=9, violations=violations)
+    assert totals.fields()["auditViolations"] == 1
+    assert value(metrics, "orderflow_audit_violations", invariant="I1") == 0
+    assert value(metrics, "orderflow_audit_violations", invariant="I3") == 1
+    assert (value(metrics, "orderflow_audit_last_run_timestamp_seconds") or 0) > 0
+
+
+def test_a_circuit_is_open_or_not(metrics: Metrics) -> None:
+    for is_open in (True, False):
+        emit(WORKER, "CIRCUIT_SEEN", circuit="gateway", open=is_open)
+        assert value(metrics, "orderflow_circuit_open") == is_open
 
 
 def test_dropped_lines_are_added_up(metrics: Metrics) -> None:

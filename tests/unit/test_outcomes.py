@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from orderflow.engine.outcome import Dead, Done, Duplicate, Retry
+from orderflow.engine.outcome import Dead, Done, Duplicate, Postponed, Retry
 from orderflow.engine.patience import (
     DependencyUnavailable,
     Misconfigured,
@@ -29,8 +29,10 @@ from orderflow.payments.gateway import idempotency_key
 POLICY = RetryPolicy()
 
 
-@pytest.mark.parametrize("outcome", [Done(), Duplicate(), Retry(timedelta(0), ValueError()), Dead("why")])
-def test_an_outcome_cannot_be_changed(outcome: Done | Duplicate | Retry | Dead) -> None:
+@pytest.mark.parametrize(
+    "outcome", [Done(), Duplicate(), Retry(timedelta(0), ValueError()), Postponed(timedelta(0)), Dead("why")]
+)
+def test_an_outcome_cannot_be_changed(outcome: Done | Duplicate | Retry | Postponed | Dead) -> None:
     for name in [field.name for field in dataclasses.fields(outcome)] or ["anything"]:
         with pytest.raises((dataclasses.FrozenInstanceError, TypeError)):
             setattr(outcome, name, None)

@@ -174,6 +174,12 @@ def test_a_slip_in_a_name_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"kafka_security_protocol": "SASL_SSL", "kafka_username": "u", "kafka_password": "p"}, "ok"),
         ({"kafka_username": "u"}, "warning"),
         ({"backoff_base_ms": 60_000}, "warning"),
+        ({"http_host": "0.0.0.0"}, "problem"),
+        ({"http_host": "0.0.0.0", "allow_anonymous": True}, "warning"),
+        ({"http_host": "0.0.0.0", "api_keys": "a:" + "0" * 64}, "warning"),
+        ({"api_keys": "a:" + "0" * 64}, "ok"),
+        ({"api_keys": "a"}, "problem"),
+        ({"http_key_file": "key.pem"}, "problem"),
     ],
 )
 def test_settings_that_contradict_each_other(changes: dict[str, object], level: str) -> None:

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from pathlib import Path
 
 import pytest
 
+from orderflow.bench import usage
 from orderflow.bench.drain import rates
-from orderflow.bench.scaling import rate, rebalance_cost
+from orderflow.bench.running import rate
+from orderflow.bench.scaling import rebalance_cost
 from orderflow.bench.usage import Meter, Usage, resident, role
 
 linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="read from /proc")
@@ -60,10 +64,10 @@ async def test_a_process_is_named_by_its_role_and_has_its_time_and_its_peak() ->
         meter = Meter({"program": process.pid})
         meter.start()
         await burnt(process)
-        (usage,) = await meter.stop()
-    assert (usage.name, usage.pid) == ("worker", process.pid)
-    assert 0.2 < usage.cpu_seconds < 1.0
-    assert 3 * MEGABYTE < usage.peak_bytes < 100 * MEGABYTE
+        (used,) = await meter.stop()
+    assert (used.name, used.pid) == ("worker", process.pid)
+    assert 0.2 < used.cpu_seconds < 1.0
+    assert 3 * MEGABYTE < used.peak_bytes < 100 * MEGABYTE
 
 
 @linux
@@ -72,9 +76,9 @@ async def test_what_was_used_before_the_start_does_not_count() -> None:
         await burnt(process)
         meter = Meter({"program": process.pid})
         meter.start()
-        (usage,) = await meter.stop()
-    assert usage.name == "program"
-    assert usage.cpu_seconds < 0.1
+        (used,) = await meter.stop()
+    assert used.name == "program"
+    assert used.cpu_seconds < 0.1
 
 
 @linux
@@ -97,9 +101,9 @@ async def test_a_process_that_has_ended_is_listed_as_it_was_last_seen() -> None:
         await burnt(process)
         meter = Meter({"program": process.pid, "nobody": 2**22 + 1})
         meter.start()
-    (usage,) = await meter.stop()
-    assert usage.name == "program"
-    assert usage.peak_bytes > 3 * MEGABYTE
+    (used,) = await meter.stop()
+    assert used.name == "program"
+    assert used.peak_bytes > 3 * MEGABYTE
 
 
 @linux
@@ -110,9 +114,32 @@ async def test_a_server_is_the_sum_of_its_processes() -> None:
         meter.start()
         await burnt(process)
         await burnt(process)
-        (usage,) = await meter.stop()
-    assert (usage.name, usage.pid) == ("server", process.pid)
-    assert 0.3 < usage.cpu_seconds < 1.0
+        (used,) = await meter.stop()
+    assert (used.name, used.pid) == ("server", process.pid)
+    assert 0.3 < used.cpu_seconds < 1.0
+
+
+@linux
+async def test_a_process_that_is_reaped_between_two_reads_is_not_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    read = usage._read
+    ended: list[int] = []
+
+    def ends_first(pid: int, given: str | None) -> usage._Process | None:
+        if pid not in (process.pid, *ended):
+            ended.append(pid)
+            os.kill(pid, signal.SIGKILL)
+            while Path(f"/proc/{pid}").exists():
+                os.sched_yield()
+        return read(pid, given)
+
+    async with running("/bin/sh", "-c", f"exec 3<&0; {sys.executable} -c '{BURN}' 0.3 <&3 & wait; read end") as process:
+        meter = Meter({"server": process.pid})
+        meter.start()
+        await burnt(process)
+        monkeypatch.setattr(usage, "_read", ends_first)
+        (used,) = await meter.stop()
+    assert ended
+    assert 0.25 < used.cpu_seconds < 1.0
 
 
 @linux

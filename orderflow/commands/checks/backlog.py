@@ -24,8 +24,13 @@ SELECT count(*) AS rows, extract(epoch FROM min(available_at) - now())::float8 A
 FROM outbox WHERE available_at > now() AND available_at < 'infinity' AND published_at IS NULL
 """
 _IN_FLIGHT = """
-SELECT count(*) AS orders, count(*) FILTER (WHERE updated_at < now() - make_interval(secs => $1)) AS stuck
-FROM orders WHERE in_flight
+SELECT count(*) AS orders, count(*) FILTER (WHERE old) AS stuck,
+       count(*) FILTER (WHERE old AND state = 'PAYMENT_PENDING') AS unknown
+FROM (SELECT state, updated_at < now() - make_interval(secs => $1) AS old FROM orders WHERE in_flight) AS o
+"""
+_CIRCUIT = """
+SELECT state, extract(epoch FROM now() - opened_at)::float8 AS open_for, extract(epoch FROM due_at - now())::float8 AS due
+FROM circuits WHERE name = 'gateway' AND state <> 'closed'
 """
 _DEAD = "SELECT count(*) AS letters, min(failed_at) AS oldest FROM dead_letter_events WHERE discarded_at IS NULL"
 
@@ -38,6 +43,7 @@ async def check(connection: asyncpg.Connection) -> list[Check]:
         await _in_flight(connection),
         await _dead_letters(connection),
         await _gateway(connection),
+        await _circuit(connection),
     ]
 
 
@@ -66,8 +72,9 @@ async def _in_flight(connection: asyncpg.Connection) -> Check:
     if row["stuck"]:
         return problem(
             ABOUT,
-            f"{row['stuck']} of {row['orders']} orders in flight have not moved for {RECONCILE_HORIZON:.0f} s",
-            "is a worker running? `orderflow audit` names them, `orderflow explain ID` says where each stands",
+            f"{row['stuck']} of {row['orders']} orders in flight have not moved for {RECONCILE_HORIZON:.0f} s"
+            f" ({row['unknown']} PAYMENT_PENDING: what became of their charges is not known)",
+            "is a worker running, does the gateway answer? `orderflow audit` names them, `orderflow explain ID` tells of each",
         )
     return ok(ABOUT, f"{row['orders']} orders in flight")
 
@@ -89,3 +96,15 @@ async def _gateway(connection: asyncpg.Connection) -> Check:
     if mode != "random":
         return warning("gateway", f"the simulated gateway is in mode {mode}", "back: `orderflow gateway mode random`")
     return ok("gateway", "mode random")
+
+
+async def _circuit(connection: asyncpg.Connection) -> Check:
+    row = await connection.fetchrow(_CIRCUIT)
+    if row is None:
+        return ok("gateway", "it answers: the circuit breaker is closed")
+    due = f"in {duration(row['due'])}" if row["due"] > 0 else "with the next order"
+    return problem(
+        "gateway",
+        f"no answer: the circuit breaker has been {row['state']} for {duration(row['open_for'])}, the next probe comes {due}",
+        "bring the gateway back; orders wait meanwhile, and none of their attempts is used up",
+    )

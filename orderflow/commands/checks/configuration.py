@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from orderflow import listening
 from orderflow.commands import environment
 from orderflow.commands.checks import Check, ok, problem, warning
-from orderflow.settings import Settings
+from orderflow.settings import Settings, SettingsError
 
 ABOUT = "settings"
 
@@ -49,5 +50,26 @@ def check(settings: Settings) -> list[Check]:
                 "raise ORDERFLOW_BACKOFF_CAP_MS",
             )
         )
+    checks.extend(_listening(settings))
     set_here = sum(name in where for name in environment.names().values())
     return [ok(ABOUT, f"{set_here} of {len(environment.names())} set in the environment or .env"), *checks]
+
+
+def _listening(settings: Settings) -> list[Check]:
+    """What keeps strangers from the API, and listeners from its keys."""
+    try:
+        keys = listening.api_keys(settings)
+        listening.tls(settings)
+    except SettingsError as error:
+        name, _, seen = str(error).partition(": ")
+        return [problem(ABOUT, f"{name}: {seen}", "`orderflow run` does not start the API like this")]
+    if listening.is_loopback(settings.http_host):
+        return []
+    checks = []
+    if not keys:
+        seen = f"the API listens on {settings.http_host} and asks for no key"
+        checks.append(warning(ABOUT, seen, "make sure that something else keeps strangers out, or set ORDERFLOW_API_KEYS"))
+    if not settings.http_certificate_file:
+        seen = f"the API listens on {settings.http_host} without TLS"
+        checks.append(warning(ABOUT, seen, "end TLS in a proxy beside it, or set ORDERFLOW_HTTP_CERTIFICATE_FILE"))
+    return checks

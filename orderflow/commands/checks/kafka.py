@@ -6,6 +6,7 @@ import asyncio
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 from aiokafka import AIOKafkaConsumer, TopicPartition
@@ -14,7 +15,8 @@ from aiokafka.errors import KafkaError
 
 from orderflow.commands.checks import LIMIT, Check, ok, problem, warning
 from orderflow.engine.kafka import Kafka, bounded
-from orderflow.engine.patience import within
+from orderflow.engine.patience import Misconfigured, within
+from orderflow.retention import refusal
 
 ABOUT = "kafka"
 # The number of a protocol request that a release of Apache Kafka was the first to answer.
@@ -36,17 +38,17 @@ def _quiet() -> Iterator[None]:
         logger.setLevel(level)
 
 
-async def check(kafka: Kafka) -> list[Check]:
-    """Everything about the cluster: brokers, topic, partitions, replication, and the lag of the workers' group."""
+async def check(kafka: Kafka, retention_days: int) -> list[Check]:
+    """Everything about the cluster: brokers, topic, partitions, replication, retention, and the lag of the workers' group."""
     with _quiet():
-        return await _check(kafka)
+        return await _check(kafka, retention_days)
 
 
-async def _check(kafka: Kafka) -> list[Check]:
+async def _check(kafka: Kafka, retention_days: int) -> list[Check]:
     try:
         options = kafka.options() | {"request_timeout_ms": int(LIMIT * 1000)}
-    except OSError as error:
-        return [problem(ABOUT, f"{kafka.ca_file} cannot be used: {error}", "correct ORDERFLOW_KAFKA_CA_FILE")]
+    except Misconfigured as error:
+        return [problem(ABOUT, str(error), "correct ORDERFLOW_KAFKA_CA_FILE")]
     client = AIOKafkaClient(**options, client_id="orderflow-doctor")
     try:
         await within(client.bootstrap(), LIMIT)
@@ -61,6 +63,7 @@ async def _check(kafka: Kafka) -> list[Check]:
     checks.extend(_topic(kafka, cluster))
     partitions = cluster.partitions_for_topic(kafka.topic)
     if partitions:
+        checks.append(await _retention(kafka, retention_days))
         checks.append(await _lag(kafka, options, sorted(partitions)))
     return checks
 
@@ -109,6 +112,16 @@ def _topic(kafka: Kafka, cluster: Any) -> list[Check]:
     if 0 < replicas < 2 and len(cluster.brokers()) > 1:
         checks.append(warning(ABOUT, f"{seen}: one broker's loss stops it", "replication factor 3, min.insync.replicas 2"))
     return checks or [ok(ABOUT, seen)]
+
+
+async def _retention(kafka: Kafka, days: int) -> Check:
+    if not days or kafka.embedded:
+        return ok(ABOUT, "every event is kept")
+    refused = await refusal(replace(kafka, timeout=LIMIT), days)
+    if refused is None:
+        return ok(ABOUT, f"events are kept for {days} days, longer than Kafka keeps its records")
+    seen, _, advice = refused.partition(": ")
+    return warning(ABOUT, f"nothing is deleted by retention: {seen}", advice)
 
 
 async def _lag(kafka: Kafka, options: dict[str, Any], partitions: list[int]) -> Check:
