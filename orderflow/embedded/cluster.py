@@ -114,7 +114,7 @@ def _is_postgres_of(pid: int, cluster: Path) -> bool:
         except OSError:
             # Another user's process: a server of ours, or one that may write here, we could have read.
             return False
-    listed = subprocess.run(["ps", "-o", "command=", "-p", str(pid)], capture_output=True, text=True, timeout=10)
+    listed = subprocess.run(["ps", "-wwo", "command=", "-p", str(pid)], capture_output=True, text=True, timeout=10)
     return "postgres" in listed.stdout and str(cluster) in listed.stdout
 
 

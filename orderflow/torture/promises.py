@@ -13,6 +13,7 @@ import asyncpg
 
 from orderflow.bench import database
 from orderflow.engine.shards import SHARD_LOCK
+from orderflow.settings import Role
 from orderflow.torture.detour import Detour
 from orderflow.torture.gateway_promises import unavailable, unknown
 from orderflow.torture.stage import PATIENCE, SPLIT, STILL, Measured, Play, Promise, Stage
@@ -101,9 +102,7 @@ async def killed_publisher(stage: Stage) -> Measured:
     async with stage.running("--api", "1", "--publisher", "2", "--worker", "1") as play:
         for _ in range(ROUNDS):
             await play.until(lambda: _equals(play, _OWNERS, 2))
-            victim = (await Victims(play.program.pid).of("publisher"))[0]
-            begun = time.time()
-            os.kill(victim.pid, signal.SIGKILL)
+            begun = await _kill_one_of_two(play, "publisher")
             await play.ask(_NOTE, NOTES)
             await play.until(lambda: play.none(_UNPUBLISHED))
             took.append(await play.ask(_LAST_PUBLISHED) - begun)
@@ -117,9 +116,7 @@ async def killed_worker(stage: Stage) -> Measured:
         await play.until(lambda: _equals(play, _WORKERS, 2))
         await play.until(lambda: play.at_least(_PENDING, 300))
         pending = await play.ask(_PENDING_IDS)
-        victim = (await Victims(play.program.pid).of("worker"))[0]
-        begun = time.time()
-        os.kill(victim.pid, signal.SIGKILL)
+        begun = await _kill_one_of_two(play, "worker")
         ended = await play.until(lambda: play.none(STILL, pending))
     return Measured(ended - begun, "Kafka's session of 6 s, then the rebalance and the gateway's answer")
 
@@ -207,6 +204,20 @@ async def kafka_wiped(stage: Stage) -> Measured:
             await connection.close(timeout=5)
         took = time.time() - begun
     return Measured(orders, f"{events} events unsettled; all ended {took:.0f} s after the wipe")
+
+
+async def _kill_one_of_two(play: Play, role: Role) -> float:
+    """SIGKILL the older of two processes; returns the Unix time. Raises TimeoutError where there are not two."""
+    victims = Victims(play.program.pid)
+
+    async def both() -> bool:
+        return len(await victims.of(role)) == 2
+
+    await play.until(both)
+    victim, _ = await victims.of(role)
+    begun = time.time()
+    os.kill(victim.pid, signal.SIGKILL)
+    return begun
 
 
 async def _rates(connection: asyncpg.Connection, begin: float, seconds: int) -> Mapping[int, int]:

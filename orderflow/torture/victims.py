@@ -70,8 +70,10 @@ async def descendants(pid: int) -> list[int]:
 
 
 async def _listing() -> str:
+    # Twice w, as wide as it takes: into a pipe as well, `ps` would cut a command line at COLUMNS or the terminal's width, and
+    # below a long path the role is what goes.
     process = await asyncio.create_subprocess_exec(
-        "ps", "-axo", "pid=,ppid=,stat=,command=", stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.PIPE
+        "ps", "-axwwo", "pid=,ppid=,stat=,command=", stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.PIPE
     )
     async with asyncio.timeout(LISTING_TIMEOUT):
         output, _ = await process.communicate()

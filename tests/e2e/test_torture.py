@@ -27,7 +27,7 @@ from orderflow.torture.faults import Faults
 from orderflow.torture.plan import LASTING, OF_KAFKA, SHORTEST_GAP, Kind, plan
 from orderflow.torture.promises import PROMISES
 from orderflow.torture.stage import Measured, Promise, Stage, measured
-from orderflow.torture.victims import Victim, descendants, listed
+from orderflow.torture.victims import Victim, Victims, descendants, listed
 from tests import servers
 from tests.programs import ROOT
 
@@ -155,6 +155,19 @@ async def test_the_processes_below_one_are_found() -> None:
         assert process.pid in await descendants(os.getpid())
     finally:
         os.kill(below, signal.SIGKILL)
+        await process.wait()
+
+
+async def test_a_narrow_terminal_hides_no_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "20")
+    path = "/" + "a-long-way/" * 20
+    process = await asyncio.create_subprocess_exec(
+        "/bin/sh", "-c", "read line", path, "run", "--role", "worker", stdin=subprocess.PIPE
+    )
+    try:
+        assert await Victims(os.getpid()).of("worker") == [Victim("worker", process.pid)]
+    finally:
+        process.kill()
         await process.wait()
 
 
