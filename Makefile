@@ -27,9 +27,9 @@ demo: ## the walk-through: eight parts, each result checked
 	@exec $(BIN)/orderflow demo $(ARGS)
 
 .PHONY: test
-test: ## the whole test suite, in two processes; ARGS="-k relay -x -n 0" for a part, in one
+test: ## the whole test suite, in three processes, as it waits a lot; ARGS="-k relay -x -n 0" for a part, in one
 	@$(setup_test)
-	@exec $(BIN)/python -m pytest -n 2 --dist worksteal $(ARGS)
+	@exec $(BIN)/python -m pytest -n 3 --dist worksteal $(ARGS)
 
 .PHONY: campaign
 campaign: ## benchmark, torture and mutation gate in their short form, as CI runs them
