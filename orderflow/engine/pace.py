@@ -2,7 +2,8 @@
 
 Rounds that follow each other at once are as small as they can be, and so are those of every worker that gets their events.
 With many processes on few cores, all of them together spend the cores on statements instead of on rows. How busy the machine is
-shows in how long a round takes beside the shortest one: on an idle machine nothing rests, and no latency is added.
+shows in how long a round takes beside the shortest one: on an idle machine nothing rests, and no latency is added. Of two
+relays each finds half of the events: each rests for twice as long, so that together they come to the rounds that one would do.
 """
 
 from __future__ import annotations
@@ -11,6 +12,8 @@ import time
 
 FACTOR = 2.0
 MOST_SECONDS = 0.05
+# Beyond so many relays the rest grows no longer: it is a latency.
+MOST_RELAYS = 4.0
 # What a round took longer ago than this says nothing of now.
 STALE_SECONDS = 0.2
 # A round of up to so many times the shortest is no sign of anything.
@@ -34,9 +37,8 @@ class Pace:
         self._shortest = min(seconds, self._shortest + (seconds - self._shortest) * forgotten)
         self._took, self._at = seconds, now
 
-    @property
-    def rest(self) -> float:
-        """Seconds to rest before the next round, MOST_SECONDS at the most."""
+    def rest(self, relays: float = 1.0) -> float:
+        """Seconds to rest before the next round: MOST_SECONDS at the most, for each of the relays that share the work out."""
         if time.monotonic() - self._at > STALE_SECONDS:
             return 0.0
-        return min(MOST_SECONDS, FACTOR * max(0.0, self._took - USUAL * self._shortest))
+        return min(relays, MOST_RELAYS) * min(MOST_SECONDS, FACTOR * max(0.0, self._took - USUAL * self._shortest))

@@ -31,7 +31,7 @@ from orderflow.engine.telemetry import PUBLISHER, emit, emit_each, observe
 from orderflow.engine.wake import Wake
 from orderflow.engine.watchdog import watched
 
-# Events in a round, from which on it is worth to wait for more of them.
+# Events in a round, of all relays together, from which on it is worth to wait for more of them.
 MANY = 32
 # The watchdog's word for a backlog.
 MOST_COUNTED = 1000
@@ -103,8 +103,9 @@ class Relay:
                 await shards.balance()
                 balanced_at = time.monotonic()
             # Neither where rounds are small because there is little to do, nor with a backlog, of which every round is full.
-            if MANY <= published < self._batch // 2:
-                await asyncio.sleep(pace.rest)
+            relays = outbox.SHARDS / max(1, len(shards.owned))
+            if published * relays >= MANY and published < self._batch // 2:
+                await asyncio.sleep(pace.rest(relays))
             # Cleared before the look: what is committed during it sets the event again, and is not slept over.
             self._woken.clear()
             begun = time.monotonic()
