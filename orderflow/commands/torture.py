@@ -18,6 +18,7 @@ from orderflow.commands.progress import Tell, progress
 from orderflow.commands.promises import measure_promises
 
 if TYPE_CHECKING:
+    from orderflow.torture.driver import Extent
     from orderflow.torture.plan import Kind
     from orderflow.torture.report import Report
     from orderflow.torture.runs import Runs
@@ -47,6 +48,7 @@ EVERY = click.FloatRange(1, 3_600)
 @click.option("--kinds", is_flag=True, help="Only list the kinds of faults.")
 @click.option("--promises", is_flag=True, help="Only measure what each kind of failure costs, and nothing of it at random.")
 @click.option("--quick", is_flag=True, help="With --promises: short absences, to show that it runs.")
+@click.option("--each", "alone", is_flag=True, help="A run for each kind of fault alone, one after the other, --seconds long.")
 def torture(
     seed: int | None,
     seconds: float,
@@ -66,6 +68,7 @@ def torture(
     kinds: bool,
     promises: bool,
     quick: bool,
+    alone: bool,
 ) -> int:
     """Break everything, then check every promise; exit 1 when one was not kept.
 
@@ -86,11 +89,15 @@ def torture(
     chosen = secrets.randbelow(1_000_000) if seed is None else seed
     if not as_json:
         click.echo(f"seed {chosen}")
-    flags = "".join(f" --fault {name}" for name in faults) + " --embedded-broker" * embedded_broker + " --at-seams" * at_seams
+    flags = " --embedded-broker" * embedded_broker + " --at-seams" * at_seams
     size = f"--seconds {seconds:g} --every {every:g} --rate {rate:g} --clients {clients} --settle {settle:g}"
     command = f"orderflow torture --seed {chosen} {size}{flags}"
     extent = Extent(seconds, rate, clients, settle=settle, at_seams=at_seams)
-    drawn = plan(chosen, seconds, every=every, kinds=_kinds(faults, embedded_broker))
+    done = _kinds(faults, embedded_broker)
+    if alone:
+        return _each(done, chosen, every, extent, command, embedded_broker=embedded_broker, keep=keep, as_json=as_json)
+    command += "".join(f" --fault {name}" for name in faults)
+    drawn = plan(chosen, seconds, every=every, kinds=done)
     runs = Runs(chosen, drawn, extent, command, embedded_broker, keep)
     numbers = _numbers(only, len(runs.plan))
     result = _carried_out(runs, numbers, tries)
@@ -105,13 +112,52 @@ def torture(
     return 1 if result.problems else 0
 
 
+def _each(
+    kinds: Sequence[Kind], seed: int, every: float, extent: Extent, command: str,
+    *, embedded_broker: bool, keep: bool, as_json: bool,
+) -> int:  # fmt: skip
+    import orderflow.app  # noqa: F401  (the seams are those of what has been imported)
+    from orderflow.torture.each import each
+    from orderflow.torture.runs import RunFailed
+
+    _fetch(embedded_broker)
+    try:
+        with progress("torture") as tell:
+            found = asyncio.run(
+                each(
+                    kinds, seed, every, extent, lambda kind: f"{command} --fault {option_of(kind)}",
+                    embedded_broker=embedded_broker, keep=keep, tell=tell,
+                )
+            )  # fmt: skip
+    except RunFailed as failed:
+        raise click.ClickException(str(failed)) from failed
+    if as_json:
+        print_json({option_of(kind): report.document() for kind, report, _ in found})
+    else:
+        table(
+            ["fault", "times", "orders", "ended meanwhile", "settled after", "verdict"],
+            [[option_of(kind), str(len(report.injected)), *_outcome(report)] for kind, report, _ in found],
+            right=("times", "orders", "ended meanwhile", "settled after"),
+        )
+    for kind, report, runs in found:
+        for problem in report.problems:
+            click.echo(f"orderflow: {option_of(kind)}: {escaped(problem)}", err=True)
+        if runs.kept is not None:
+            click.echo(f"orderflow: {option_of(kind)} again with: {runs.command}; logs in {runs.kept}", err=True)
+    return 1 if any(report.problems for _, report, _ in found) else 0
+
+
+def _outcome(report: Report) -> list[str]:
+    settled = "" if report.settled_after is None else f"{report.settled_after:.1f} s"
+    verdict = "VIOLATED" if report.problems else "kept"
+    return [f"{sum(report.states.values()):,}", f"{report.ended_meanwhile:,}", settled, verdict]
+
+
 def _carried_out(runs: Runs, numbers: Sequence[int], tries: int) -> Report:
     import orderflow.app  # noqa: F401  (the seams are those of what has been imported)
     from orderflow.torture.runs import RunFailed
 
-    if not runs.embedded_broker:
-        with progress("fetching Apache Kafka") as tell:
-            asyncio.run(_fetched(tell))
+    _fetch(runs.embedded_broker)
     try:
         with progress("torture") as tell:
             result = asyncio.run(runs.of(numbers, tell))
@@ -155,6 +201,12 @@ def _numbers(only: str | None, planned: int) -> list[int]:
     if not all(1 <= number <= planned for number in numbers):
         raise click.BadParameter(f"numbers from 1 to {planned}, divided by commas", param_hint="--only")
     return [number - 1 for number in numbers]
+
+
+def _fetch(embedded_broker: bool) -> None:
+    if not embedded_broker:
+        with progress("fetching Apache Kafka") as tell:
+            asyncio.run(_fetched(tell))
 
 
 async def _fetched(tell: Tell) -> None:

@@ -56,6 +56,24 @@ def test_a_short_torture_keeps_every_promise() -> None:
 
 @pytest.mark.campaign
 @pytest.mark.timeout(300)
+def test_kinds_of_faults_are_done_each_alone() -> None:
+    broker = [] if servers.choose_broker().kind == "kafka" else ["--embedded-broker"]
+    kinds = ("--fault", "terminate-all", "--fault", "records-again")
+    result = subprocess.run(
+        (sys.executable, "-m", "orderflow", "torture", "--each", *kinds, "--seed", "1", "--seconds", "6", "--json", *broker),
+        cwd=ROOT, capture_output=True, text=True, timeout=TIMEOUT, check=False,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr + result.stdout[-3000:]
+    reports = json.loads(result.stdout)
+    assert list(reports) == ["terminate-all", "records-again"]
+    for report in reports.values():
+        assert report["sound"] is True
+        assert len({one["fault"]["kind"] for one in report["injected"]}) == 1
+        assert sum(report["states"].values()) >= report["load"]["accepted"] > 0
+
+
+@pytest.mark.campaign
+@pytest.mark.timeout(300)
 def test_every_promise_is_measured_and_nothing_is_lost_meanwhile() -> None:
     if servers.choose_broker().kind != "kafka":
         pytest.skip("needs Apache Kafka")
