@@ -27,7 +27,9 @@ from aiokafka.errors import (
     UnknownTopicOrPartitionError,
     for_code,
 )
+from aiokafka.protocol.metadata import MetadataRequest
 
+from orderflow.engine.metadata import making_no_topic
 from orderflow.engine.patience import DependencyUnavailable, Misconfigured, within
 from orderflow.engine.seams import owning_seam, seam
 
@@ -41,6 +43,8 @@ SESSION_TIMEOUT_MS = 6_000
 EMBEDDED_SESSION_TIMEOUT_MS = 2_000
 JOIN_TIMEOUT_SECONDS = 15.0
 DESCRIBE_PAUSE = 0.05
+# How late a client learns of partitions that were added, or of a topic that is back, where no error tells it.
+METADATA_AGE_MS = 5_000
 # Why a topic is not created, when people have to mend it. Everything else passes, as a controller that moves.
 REFUSALS = frozenset(
     error.errno
@@ -77,6 +81,7 @@ class Kafka:
         options: dict[str, Any] = {
             "bootstrap_servers": [server.strip() for server in self.bootstrap.split(",")],
             "request_timeout_ms": int(self.timeout * 1000),
+            "metadata_max_age_ms": METADATA_AGE_MS,
             "security_protocol": self.security_protocol,
         }
         if self.security_protocol.endswith("SSL"):
@@ -205,18 +210,22 @@ class Kafka:
     async def _partitions_on_first_use(self) -> int:
         producer = await self.producer()
         try:
+            # The mock broker's only way to make one.
+            request = MetadataRequest([self.topic], allow_auto_topic_creation=True)
+            await within(producer.client.send(producer.client.get_random_node(), request), self.timeout)
             return len(await within(producer.partitions_for(self.topic), self.timeout))
         except (KafkaError, TimeoutError) as error:
             raise self.unavailable(error) from error
         finally:
-            await bounded(producer.stop(), 2.0)
+            await stop_producer(producer)
 
     async def _start(
         self, start: Coroutine[Any, Any, None], stop: Callable[[], Coroutine[Any, Any, None]],
         *, timeout: float | None = None,
     ) -> None:  # fmt: skip
         try:
-            await within(uncancelled(start), timeout or self.timeout)
+            with making_no_topic():
+                await within(uncancelled(start), timeout or self.timeout)
         except BaseException as error:
             # A client whose start failed, or was given up, keeps sockets and tasks until it is stopped.
             await bounded(stop(), 2.0)
@@ -277,3 +286,11 @@ async def bounded(stopping: Coroutine[Any, Any, Any], timeout: float) -> bool:
     except (TimeoutError, KafkaError, OSError, RuntimeError):
         return False
     return True
+
+
+async def stop_producer(producer: AIOKafkaProducer, timeout: float = 2.0) -> None:
+    """Flush for at most `timeout` seconds; what is not acknowledged by then is not sent any more."""
+    if not await bounded(producer.stop(), timeout):
+        # It flushes first, without an end where a topic has vanished: its sender would go on, beside the next one
+        await bounded(producer._sender.close(), timeout)
+        await bounded(producer.client.close(), timeout)

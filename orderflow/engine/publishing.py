@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from functools import lru_cache
 
 from aiokafka import AIOKafkaProducer
-from aiokafka.errors import KafkaError, MessageSizeTooLargeError, RecordListTooLargeError
+from aiokafka.errors import KafkaError, MessageSizeTooLargeError, RecordListTooLargeError, UnknownTopicOrPartitionError
 from aiokafka.producer.message_accumulator import BatchBuilder
 
-from orderflow.engine.kafka import MAX_RECORD_BYTES, Kafka, bounded
+from orderflow.engine.kafka import MAX_RECORD_BYTES, Kafka, stop_producer
 from orderflow.engine.message import OUR_HEADERS, Message
 from orderflow.engine.partition import partition_of
 from orderflow.engine.patience import DependencyUnavailable
@@ -25,6 +25,9 @@ _TOO_LARGE = (MessageSizeTooLargeError, RecordListTooLargeError)
 
 # What a record weighs besides its key, value and headers, at the most.
 _OVERHEAD_BYTES = 100
+
+# How often a round that waits looks whether there still is a topic.
+LOOK_SECONDS = 0.5
 
 # An aggregate has several events, close to each other in time.
 _partition_of = lru_cache(maxsize=8192)(partition_of)
@@ -67,8 +70,7 @@ class Publishing:
                     future = await self._producer.send_batch(batch.builder, self._kafka.topic, partition=batch.partition)
                     before[batch.partition] = future
                     sent.append((future, batch.places))
-                if sent:
-                    await asyncio.wait([future for future, _ in sent])
+                await self._until_done({future for future, _ in sent})
         except (KafkaError, TimeoutError) as error:
             # Bounded: what was acknowledged before the limit counts, the rest keeps its error.
             emit(PUBLISHER, "PUBLISH_INTERRUPTED", error=str(error) or type(error).__name__)
@@ -76,6 +78,13 @@ class Publishing:
         if refused:
             await self._find_guilty(due, refused, results)
         return results, bool(refused)
+
+    async def _until_done(self, waiting: set[asyncio.Future[object]]) -> None:
+        while waiting:
+            _, waiting = await asyncio.wait(waiting, timeout=LOOK_SECONDS)
+            # Nobody makes it anew but the role's next start: to wait for the rest of the time would help nobody.
+            if waiting and self._producer.client.cluster.partitions_for_topic(self._kafka.topic) is None:
+                raise UnknownTopicOrPartitionError(f"topic {self._kafka.topic} has vanished")
 
     def _batches(self, due: Sequence[Message], partitions: int, results: list[BaseException | None]) -> list[_Batch]:
         """The events as records, in batches; those of one partition are in the order of the round."""
@@ -128,7 +137,7 @@ class Publishing:
                     )
                     return
         finally:
-            await bounded(producer.stop(), 2.0)
+            await stop_producer(producer)
 
 
 async def _failed(future: asyncio.Future[object]) -> bool:

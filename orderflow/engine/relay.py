@@ -18,7 +18,7 @@ from aiokafka import AIOKafkaProducer
 from orderflow.engine import dead_letters, low_water, outbox
 from orderflow.engine.handling import Burial, SettledMeanwhile
 from orderflow.engine.handoff import Handoff
-from orderflow.engine.kafka import Kafka, bounded
+from orderflow.engine.kafka import Kafka, stop_producer
 from orderflow.engine.low_water import Positions
 from orderflow.engine.message import Message
 from orderflow.engine.pace import Pace
@@ -88,7 +88,7 @@ class Relay:
             # Side by side: on a network that swallows bytes each waits for its limit.
             await asyncio.gather(asyncio.wait((wake, stop), timeout=2.0), shards.close())
             if producer is not None:
-                await bounded(producer.stop(), 2.0)
+                await stop_producer(producer)
             await database.close()
 
     async def _wake_on(self, stopping: asyncio.Event) -> None:

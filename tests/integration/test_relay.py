@@ -24,6 +24,7 @@ from orderflow.engine.patience import DependencyUnavailable
 from orderflow.engine.relay import Relay
 from orderflow.engine.shards import SHARD_LOCK
 from orderflow.payments.handlers import FailOrder
+from orderflow.supervisor import Service
 from tests.pipeline import Facts, kafka_for, opening, running, watching
 from tests.rows import dead_letter, events_of, insert_event, order_row, place
 from tests.servers import Broker
@@ -44,18 +45,17 @@ def relay_on(
 
 
 class Restarted:
-    """A relay that is started again when Kafka lets it down, as the supervisor does."""
+    """A role that is started again when Kafka lets it down, as the supervisor does."""
 
-    name = "publisher"
-
-    def __init__(self, relay: Relay) -> None:
-        self._relay = relay
+    def __init__(self, role: Service) -> None:
+        self.name = role.name
+        self._role = role
         self.failures = 0
 
     async def run(self, stopping: asyncio.Event) -> None:
         while not stopping.is_set():
             try:
-                await self._relay.run(stopping)
+                await self._role.run(stopping)
             except DependencyUnavailable:
                 self.failures += 1
 
