@@ -99,8 +99,7 @@ def torture(
     command += "".join(f" --fault {name}" for name in faults)
     drawn = plan(chosen, seconds, every=every, kinds=done)
     runs = Runs(chosen, drawn, extent, command, embedded_broker, keep)
-    numbers = _numbers(only, len(runs.plan))
-    result = _carried_out(runs, numbers, tries)
+    result = _carried_out(runs, _numbers(only, len(runs.plan)), tries)
     if report is not None:
         _write(result, Path(report), runs.again(result.plan))
     if as_json:

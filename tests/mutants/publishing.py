@@ -12,6 +12,7 @@ PUBLISHING: Final = "orderflow/engine/publishing.py"
 LOW_WATER: Final = "orderflow/engine/low_water.py"
 SHARDS: Final = "orderflow/engine/shards.py"
 KAFKA: Final = "orderflow/engine/kafka.py"
+METADATA: Final = "orderflow/engine/metadata.py"
 KILLED_BROKER: Final = "integration/test_relay.py::test_nothing_is_marked_before_kafka_has_it_and_nothing_is_lost_when_it_dies"
 DIVIDED: Final = "integration/test_message_limit.py::test_a_batch_above_a_limit_that_was_lowered_is_divided_and_keeps_its_order"
 
@@ -220,6 +221,14 @@ MUTANTS: Final = (
         "order within an aggregate",
         [Edit(PUBLISHING, "if batch.partition in before and await _failed(before[batch.partition]):", "if False:")],
         [DIVIDED],
+    ),
+    Mutant(
+        "topic-as-configured",
+        "Whoever looks for a topic that has vanished does not make it",
+        "it is made by being looked for, as the broker likes",
+        "a lost topic comes back with its partitions, and every worker with its share",
+        [Edit(METADATA, "MetadataRequest(topics, _may_create.get())", "MetadataRequest(topics, True)")],
+        ["integration/test_vanished_topic.py::test_it_is_made_anew_with_all_its_partitions"],
     ),
     Mutant(
         "limit-of-the-topic",
