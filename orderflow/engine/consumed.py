@@ -13,6 +13,7 @@ from aiokafka import AIOKafkaConsumer, TopicPartition
 from aiokafka.errors import KafkaError
 
 from orderflow.engine.kafka import Kafka, bounded, uncancelled
+from orderflow.engine.metadata import making_no_topic
 from orderflow.engine.seams import seam
 
 
@@ -30,7 +31,8 @@ async def consumed_until(kafka: Kafka) -> datetime:
     )  # fmt: skip
     try:
         async with asyncio.timeout(kafka.timeout):
-            await uncancelled(consumer.start())
+            with making_no_topic():
+                await uncancelled(consumer.start())
             times = await _first_unfinished(consumer, [TopicPartition(kafka.topic, at) for at in range(partitions)])
     except (KafkaError, TimeoutError, OSError) as error:
         raise kafka.unavailable(error) from error

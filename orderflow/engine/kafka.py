@@ -291,6 +291,6 @@ async def bounded(stopping: Coroutine[Any, Any, Any], timeout: float) -> bool:
 async def stop_producer(producer: AIOKafkaProducer, timeout: float = 2.0) -> None:
     """Flush for at most `timeout` seconds; what is not acknowledged by then is not sent any more."""
     if not await bounded(producer.stop(), timeout):
-        # It flushes first, without an end where a topic has vanished: its sender would go on, beside the next one
+        # It flushes first, without an end where a topic has vanished: its sender would go on, beside the next one.
         await bounded(producer._sender.close(), timeout)
         await bounded(producer.client.close(), timeout)

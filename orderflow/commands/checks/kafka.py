@@ -15,6 +15,7 @@ from aiokafka.errors import KafkaError
 
 from orderflow.commands.checks import LIMIT, Check, ok, problem, warning
 from orderflow.engine.kafka import Kafka, bounded
+from orderflow.engine.metadata import making_no_topic
 from orderflow.engine.patience import Misconfigured, within
 from orderflow.retention import refusal
 
@@ -130,7 +131,8 @@ async def _lag(kafka: Kafka, options: dict[str, Any], partitions: list[int]) -> 
     places = [TopicPartition(kafka.topic, partition) for partition in partitions]
     try:
         async with asyncio.timeout(LIMIT):
-            await consumer.start()
+            with making_no_topic():
+                await consumer.start()
             consumer.assign(places)
             ends = await consumer.end_offsets(places)
             begins = await consumer.beginning_offsets(places)
